@@ -1,0 +1,24 @@
+"""From text to batches: tokenizer, corpora, token shards, packing, and a sampler whose state is one integer.
+
+May import the standard library, numpy and torch; knows nothing of models. Evaluation, training and the command line use it.
+"""
+
+from deltanet.data.corpus import Corpus, load_corpus
+from deltanet.data.packing import IGNORED, Batch
+from deltanet.data.sampler import SequentialWindows, ShuffledWindows
+from deltanet.data.stream import TokenStream, tokenize
+from deltanet.data.tokenizer import ByteTokenizer, Decoder, Tokenizer
+
+__all__ = [
+    "IGNORED",
+    "Batch",
+    "ByteTokenizer",
+    "Corpus",
+    "Decoder",
+    "SequentialWindows",
+    "ShuffledWindows",
+    "TokenStream",
+    "Tokenizer",
+    "load_corpus",
+    "tokenize",
+]

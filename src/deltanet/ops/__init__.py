@@ -1,0 +1,20 @@
+"""The delta rule as an operator: checked at the door, run by the family that fits, differentiable, compilable.
+
+May import kernels and reference; `layers` is the first room that imports it. The public names:
+"""
+
+from deltanet.ops.backends import BackendError, Explanation
+from deltanet.ops.delta_rule import check_values, chunk_delta_rule, explain, recurrent_delta_rule
+from deltanet.ops.segments import Packed, boundaries, pack
+
+__all__ = [
+    "BackendError",
+    "Explanation",
+    "Packed",
+    "boundaries",
+    "check_values",
+    "chunk_delta_rule",
+    "explain",
+    "pack",
+    "recurrent_delta_rule",
+]

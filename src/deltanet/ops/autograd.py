@@ -1,0 +1,122 @@
+"""The operator as torch sees it: registered with torch.library, with shapes for tracing and a backward, so that it compiles whole.
+
+Outputs that a call does not have are empty tensors here (a registered operator cannot return None); `run` turns them back.
+"""
+
+import torch
+from torch import Tensor
+
+from deltanet.ops.backends import family
+from deltanet.ops.segments import check_boundaries
+from deltanet.reference.recurrent import work_dtype
+
+__all__ = ["run"]
+
+
+@torch.library.custom_op("deltanet::delta_rule", mutates_args=())
+def _delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    g: Tensor | None,
+    scale: float,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    output_final_state: bool,
+    save: str,
+    algorithm: str,
+    backend: str,
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    if cu_seqlens is not None:
+        check_boundaries(cu_seqlens, q.shape[1])
+    forward = getattr(family(backend), f"{algorithm}_forward")
+    o, state, saved = forward(
+        q, k, v, beta, g, scale, initial_state, cu_seqlens, output_final_state=output_final_state, save=save
+    )
+    return o, q.new_empty(0) if state is None else state, saved
+
+
+@_delta_rule.register_fake
+def _(q, k, v, beta, g, scale, initial_state, cu_seqlens, output_final_state, save, algorithm, backend):
+    sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    state = (sequences, v.shape[2], q.shape[3], v.shape[3])
+    final = q.new_empty(state, dtype=work_dtype(q.dtype)) if output_final_state else q.new_empty(0)
+    return torch.empty_like(v, memory_format=torch.contiguous_format), final, family(backend).saved(
+        q, v, g, cu_seqlens, algorithm=algorithm, save=save
+    )
+
+
+@torch.library.custom_op("deltanet::delta_rule_backward", mutates_args=())
+def _delta_rule_backward(
+    do: Tensor,
+    dfinal_state: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    g: Tensor | None,
+    scale: float,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    saved: list[Tensor],
+    algorithm: str,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    backward = getattr(family(backend), f"{algorithm}_backward")
+    *grads, dg, dstate = backward(do, dfinal_state, q, k, v, beta, g, scale, initial_state, cu_seqlens, saved)
+    empty = q.new_empty(0)
+    return *grads, empty if dg is None else dg, empty.clone() if dstate is None else dstate
+
+
+@_delta_rule_backward.register_fake
+def _(do, dfinal_state, q, k, v, beta, g, scale, initial_state, cu_seqlens, saved, algorithm, backend):
+    def like(x: Tensor | None) -> Tensor:
+        return q.new_empty(0) if x is None else torch.empty_like(x, memory_format=torch.contiguous_format)
+
+    return like(q), like(k), like(v), like(beta), like(g), like(initial_state)
+
+
+def _setup_context(ctx, inputs, output):
+    q, k, v, beta, g, scale, initial_state, cu_seqlens, output_final_state, _save, algorithm, backend = inputs
+    ctx.save_for_backward(q, k, v, beta, g, initial_state, cu_seqlens, *output[2])
+    ctx.scale, ctx.has_state, ctx.algorithm, ctx.backend = scale, output_final_state, algorithm, backend
+
+
+def _backward(ctx, do, dfinal_state, _dsaved):
+    q, k, v, beta, g, initial_state, cu_seqlens, *saved = ctx.saved_tensors
+    do = torch.zeros_like(v) if do is None else do
+    dfinal_state = dfinal_state if ctx.has_state else None
+    dq, dk, dv, dbeta, dg, dstate = _delta_rule_backward(
+        do, dfinal_state, q, k, v, beta, g, ctx.scale, initial_state, cu_seqlens, saved, ctx.algorithm, ctx.backend
+    )
+    dg, dstate = None if g is None else dg, None if initial_state is None else dstate
+    return dq, dk, dv, dbeta, dg, None, dstate, None, None, None, None, None
+
+
+_delta_rule.register_autograd(_backward, setup_context=_setup_context)
+
+
+def run(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    g: Tensor | None,
+    scale: float,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    *,
+    output_final_state: bool,
+    memory: str,
+    algorithm: str,
+    backend: str,
+) -> tuple[Tensor, Tensor | None]:
+    """Run a checked call on the family named `backend`."""
+    inputs = (q, k, v, beta, g, initial_state)
+    needed = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+    save = memory if needed else "nothing"
+    o, state, _ = _delta_rule(
+        q, k, v, beta, g, scale, initial_state, cu_seqlens, output_final_state, save, algorithm, backend
+    )
+    return o, state if output_final_state else None

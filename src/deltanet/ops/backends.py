@@ -1,0 +1,118 @@
+"""Who can run a call, and why not. Asked for by name, a family runs or says why not; `auto` takes the first that does not refuse.
+
+On CUDA `auto` never falls back to the reference in silence: it would be hundreds of times slower, and nobody would notice.
+"""
+
+import difflib
+import importlib
+from dataclasses import dataclass
+from functools import cache
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from deltanet import reference
+from deltanet.kernels.launch import Problem
+
+__all__ = ["BackendError", "Explanation", "choose", "describe", "explain", "family", "nearest"]
+
+FAMILIES = ("triton", "reference")  # in the order in which `auto` asks them
+
+
+class BackendError(RuntimeError):
+    """No backend can run this call, or the one asked for cannot. The message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What `explain` found: the problem, the backend that `auto` takes (or None), and each family's refusal (None: it can run)."""
+
+    problem: Problem
+    chosen: str | None
+    refusals: dict[str, str | None]
+
+    def __str__(self) -> str:
+        p = self.problem
+        shape = f"B {p.batch} T {p.tokens} H {p.heads} HV {p.value_heads} K {p.key_dim} V {p.value_dim}"
+        rule = ("gated" if p.gated else "plain") + (f", {p.sequences} packed sequences" if p.packed else "")
+        lines = [f"{p.algorithm} delta rule, {rule}: {shape}, {p.dtype} on {p.device}"]
+        lines += [
+            f"  {name:<10} {'can run' if why is None else 'refuses: ' + why}{'  <- auto takes it' if name == self.chosen else ''}"
+            for name, why in self.refusals.items()
+        ]
+        return "\n".join(lines)
+
+
+@cache
+def family(name: str) -> ModuleType:
+    """The module of a family (docs/conventions.md lists what it provides)."""
+    return reference if name == "reference" else importlib.import_module(f"deltanet.kernels.{name}")
+
+
+@cache
+def _capability(device: torch.device) -> tuple[int, int] | None:
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+
+
+def describe(q: Tensor, v: Tensor, g: Tensor | None, cu_seqlens: Tensor | None, algorithm: str) -> Problem:
+    """The call in the terms that families decide by."""
+    batch, tokens, heads, key_dim = q.shape
+    return Problem(
+        algorithm=algorithm,
+        device=q.device.type,
+        capability=_capability(q.device),
+        dtype=str(q.dtype).removeprefix("torch."),
+        batch=batch,
+        tokens=tokens,
+        heads=heads,
+        value_heads=v.shape[2],
+        key_dim=key_dim,
+        value_dim=v.shape[3],
+        sequences=batch if cu_seqlens is None else cu_seqlens.shape[0] - 1,
+        gated=g is not None,
+        packed=cu_seqlens is not None,
+    )
+
+
+def _refusal(name: str, problem: Problem) -> str | None:
+    return None if name == "reference" else family(name).refuse(problem)
+
+
+def choose(problem: Problem, backend: str) -> str:
+    """The name of the family that runs `problem`; BackendError when none does, or when `backend` names one that cannot."""
+    if backend == "auto":
+        for name in FAMILIES:
+            if name == "reference" and problem.device == "cuda":
+                break
+            if _refusal(name, problem) is None:
+                return name
+        refusals = "; ".join(f"{name}: {_refusal(name, problem)}" for name in FAMILIES if name != "reference")
+        raise BackendError(
+            f'no GPU backend can run this call ({refusals}). Pass backend="reference" to run it in plain PyTorch, slowly'
+        )
+    if backend not in FAMILIES:
+        raise ValueError(
+            f"backend must be one of {', '.join(('auto', *FAMILIES))}, got {backend!r}{nearest(backend, ('auto', *FAMILIES))}"
+        )
+    why = _refusal(backend, problem)
+    if why is not None:
+        raise BackendError(f"the {backend} backend cannot run this call: {why}")
+    return backend
+
+
+def explain(problem: Problem) -> Explanation:
+    refusals = {name: _refusal(name, problem) for name in FAMILIES}
+    try:
+        chosen = choose(problem, "auto")
+    except BackendError:
+        chosen = None
+    if chosen is None and refusals["reference"] is None:
+        refusals["reference"] = 'slow on a GPU, so auto never takes it there; pass backend="reference" to run it all the same'
+    return Explanation(problem, chosen, refusals)
+
+
+def nearest(name: str, known: tuple[str, ...]) -> str:
+    """`. Did you mean 'x'?` when one of `known` is close to `name`, else nothing."""
+    close = difflib.get_close_matches(name, known, n=1)
+    return f". Did you mean {close[0]!r}?" if close else ""

@@ -1,0 +1,206 @@
+"""The public operator: the delta rule over sequences, by chunks or token by token.
+
+    S_t = e^{g_t} S_{t-1} + beta_t k_t (v_t - (e^{g_t} S_{t-1})^T k_t)^T,    o_t = scale * S_t^T q_t
+
+Everything a caller can get wrong is refused here, before compute; see docs/conventions.md for the legend and docs/math.md for the algebra.
+"""
+
+import torch
+from torch import Tensor
+
+from deltanet.ops import autograd, backends
+from deltanet.ops.backends import Explanation, nearest
+from deltanet.reference.recurrent import work_dtype
+
+__all__ = ["check_values", "chunk_delta_rule", "explain", "recurrent_delta_rule"]
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+MEMORY = ("states", "lean")
+
+
+def chunk_delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    g: Tensor | None = None,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    *,
+    memory: str = "states",
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor | None]:
+    """The delta rule, parallel over chunks of 64 tokens: the form to train and to read prompts with.
+
+    Args:
+        q, k: `[B, T, H, K]`, L2-normalised by the caller (unnormalised keys make the state diverge; `check_values` tells).
+        v: `[B, T, HV, V]`, HV a multiple of H: value head h reads key head `h // (HV // H)`.
+        beta: `[B, T, HV]` write strength in [0, 2].
+        g: `[B, T, HV]` log decay (natural logarithm, <= 0), or None for the plain rule.
+        scale: factor on the output; `K ** -0.5` by default.
+        initial_state: `[N, HV, K, V]` in fp32 (fp64 for fp64 inputs), or None for zero.
+        output_final_state: whether to return the states after the last token.
+        cu_seqlens: `[N + 1]` int32 or int64 boundaries of N packed sequences (then B = 1); empty sequences are legal.
+        memory: "states" keeps the state of every chunk for the backward, "lean" recomputes them there.
+        backend: "auto", or a family by name, which then runs or says why not.
+
+    Returns:
+        o `[B, T, HV, V]` in v's dtype, and the final states `[N, HV, K, V]` in fp32 (fp64) or None.
+        Gradients reach q, k, v, beta, g and initial_state, and come back through the final states.
+
+    Raises:
+        TypeError, ValueError: a tensor of the wrong dtype, shape or device, or an unknown option.
+        BackendError: no backend can run the call.
+
+    Source: Yang et al. 2024 (arXiv 2406.06484), equations 8-11; the gated rule, arXiv 2412.06464.
+    """
+    return _call("chunk", q, k, v, beta, g, scale, initial_state, output_final_state, cu_seqlens, memory, backend)
+
+
+def recurrent_delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    g: Tensor | None = None,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    *,
+    memory: str = "states",
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor | None]:
+    """The delta rule token by token: the same arguments, results and gradients as `chunk_delta_rule`; the form to decode with."""
+    return _call("recurrent", q, k, v, beta, g, scale, initial_state, output_final_state, cu_seqlens, memory, backend)
+
+
+def explain(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    g: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    *,
+    algorithm: str = "chunk",
+) -> Explanation:
+    """Which backends can run this call, which one `auto` takes, and why the others refuse. Print it."""
+    _check(q, k, v, beta, g, None, cu_seqlens)
+    return backends.explain(backends.describe(q, v, g, cu_seqlens, algorithm))
+
+
+def check_values(q: Tensor, k: Tensor, beta: Tensor, g: Tensor | None = None, *, tolerance: float = 1e-2) -> None:
+    """Opt-in check of what shapes cannot show: |k| <= 1, beta in [0, 2], g <= 0, all finite. Waits for the device.
+
+    Outside these bounds the recurrence itself diverges. Raises ValueError that names the tensor and its worst value.
+    """
+    for name, x in {"q": q, "k": k, "beta": beta, "g": g}.items():
+        if x is not None and not torch.isfinite(x).all():
+            raise ValueError(f"{name} must be finite, got {int((~torch.isfinite(x)).sum())} values that are not")
+    norm = k.float().norm(dim=-1).max().item() if k.numel() else 0.0
+    if norm > 1 + tolerance:
+        raise ValueError(f"keys must be L2-normalised, got a norm of {norm:.4g}: pass F.normalize(k, dim=-1)")
+    low, high = (beta.min().item(), beta.max().item()) if beta.numel() else (0.0, 0.0)
+    if low < 0 or high > 2:
+        raise ValueError(f"beta must lie in [0, 2], got [{low:.4g}, {high:.4g}]: pass a sigmoid, or twice a sigmoid")
+    if g is not None and g.numel() and g.max().item() > 0:
+        raise ValueError(f"g must be a log decay <= 0, got {g.max().item():.4g}")
+
+
+def _call(
+    algorithm: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    g: Tensor | None,
+    scale: float | None,
+    initial_state: Tensor | None,
+    output_final_state: bool,
+    cu_seqlens: Tensor | None,
+    memory: str,
+    backend: str,
+) -> tuple[Tensor, Tensor | None]:
+    _check(q, k, v, beta, g, initial_state, cu_seqlens)
+    if memory not in MEMORY:
+        raise ValueError(f"memory must be one of {', '.join(MEMORY)}, got {memory!r}{nearest(memory, MEMORY)}")
+    name = backends.choose(backends.describe(q, v, g, cu_seqlens, algorithm), backend)
+    if initial_state is not None:
+        initial_state = initial_state.contiguous()
+    return autograd.run(
+        q,
+        k,
+        v,
+        beta,
+        g,
+        q.shape[-1] ** -0.5 if scale is None else float(scale),
+        initial_state,
+        cu_seqlens,
+        output_final_state=output_final_state,
+        memory=memory,
+        algorithm=algorithm,
+        backend=name,
+    )
+
+
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    g: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> None:
+    """Everything that shapes, dtypes and devices can tell, in the order in which a caller would fix it."""
+    if q.ndim != 4:
+        raise ValueError(f"q must be [B, T, H, K], got {q.ndim} dimensions: {list(q.shape)}")
+    if v.ndim != 4:
+        raise ValueError(f"v must be [B, T, HV, V], got {v.ndim} dimensions: {list(v.shape)}")
+    B, T, H, K = q.shape
+    HV, V = v.shape[2:]
+    _expect("k", k, (B, T, H, K), "B, T, H, K", "the shape of q")
+    if v.shape[:2] != (B, T):
+        raise ValueError(f"v must begin with [B, T] = [{B}, {T}] as q does, got {list(v.shape)}")
+    if H == 0 or K == 0 or V == 0 or HV == 0:
+        raise ValueError(f"heads and head dimensions must not be 0, got q {list(q.shape)} and v {list(v.shape)}")
+    if HV % H:
+        raise ValueError(f"v must have a multiple of q's {H} heads, got {HV}: each key head serves HV // H value heads")
+    _expect("beta", beta, (B, T, HV), "B, T, HV", "one write strength per value head")
+    if g is not None:
+        _expect("g", g, (B, T, HV), "B, T, HV", "one log decay per value head")
+    N = B
+    if cu_seqlens is not None:
+        if cu_seqlens.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"cu_seqlens must be int32 or int64, got {cu_seqlens.dtype}")
+        if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 2:
+            raise ValueError(f"cu_seqlens must be [N + 1] with N >= 1, got shape {list(cu_seqlens.shape)}")
+        if B != 1:
+            raise ValueError(f"packed sequences lie in one row: with cu_seqlens B must be 1, got {B}; pass q.view(1, B * T, H, K)")
+        N = cu_seqlens.shape[0] - 1
+    if initial_state is not None:
+        _expect("initial_state", initial_state, (N, HV, K, V), "N, HV, K, V", "one state per sequence and value head")
+        if initial_state.dtype != work_dtype(q.dtype):
+            raise TypeError(
+                f"initial_state must be {work_dtype(q.dtype)}, got {initial_state.dtype}: states are kept in fp32 (fp64 for fp64 inputs)"
+            )
+    if q.dtype not in DTYPES:
+        raise TypeError(f"q must be one of {', '.join(str(d) for d in DTYPES)}, got {q.dtype}")
+    for name, x in {"k": k, "v": v}.items():
+        if x.dtype != q.dtype:
+            raise TypeError(f"{name} must have q's dtype {q.dtype}, got {x.dtype}")
+    for name, x in {"beta": beta, "g": g}.items():
+        if x is not None and not x.dtype.is_floating_point:
+            raise TypeError(f"{name} must be a floating dtype, got {x.dtype}")
+    others = {"k": k, "v": v, "beta": beta, "g": g, "initial_state": initial_state, "cu_seqlens": cu_seqlens}
+    for name, x in others.items():
+        if x is not None and x.device != q.device:
+            raise ValueError(f"{name} must be on q's device {q.device}, got {x.device}")
+
+
+def _expect(name: str, x: Tensor, shape: tuple[int, ...], dims: str, why: str) -> None:
+    if tuple(x.shape) != shape:
+        raise ValueError(f"{name} must be [{dims}] = {list(shape)}, got {list(x.shape)}: {why}")

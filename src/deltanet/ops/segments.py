@@ -1,0 +1,66 @@
+"""Sequences of unequal length: boundaries of packed sequences (`cu_seqlens`), and batches with padding turned into packed ones."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+__all__ = ["Packed", "boundaries", "check_boundaries", "pack"]
+
+_checked: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # cu_seqlens -> (its version, T) when last found right
+
+
+def check_boundaries(cu_seqlens: Tensor, tokens: int) -> None:
+    """Raise ValueError unless cu_seqlens runs from 0 to `tokens` without going down.
+
+    On a GPU this waits for the device, so each tensor is looked at once; not at all while a CUDA graph is captured.
+    """
+    if cu_seqlens.is_cuda and torch.cuda.is_current_stream_capturing():
+        return
+    mark = (cu_seqlens._version, tokens)
+    if _checked.get(cu_seqlens) == mark:
+        return
+    bounds = cu_seqlens.tolist()
+    if bounds[0] != 0 or bounds[-1] != tokens:
+        raise ValueError(
+            f"cu_seqlens must run from 0 to T = {tokens}, got {bounds[0]} to {bounds[-1]}: it lists where each packed sequence starts, then the end"
+        )
+    for n, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        if end < start:
+            raise ValueError(f"cu_seqlens must not go down, got {start} then {end} at position {n}: sort the boundaries")
+    _checked[cu_seqlens] = mark
+
+
+def boundaries(lengths: Tensor) -> Tensor:
+    """cu_seqlens `[N + 1]` int32 from sequence lengths `[N]`."""
+    return torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
+
+
+class Packed(NamedTuple):
+    """A padded batch `[B, T, ...]` seen as its real tokens in a row `[1, tokens, ...]`."""
+
+    cu_seqlens: Tensor  # [B + 1] int32; a row of padding alone is an empty sequence
+    index: Tensor  # [tokens] places of the real tokens in the flattened batch
+    shape: tuple[int, int]  # B, T
+
+    def gather(self, x: Tensor) -> Tensor:
+        """`[B, T, ...]` -> `[1, tokens, ...]`."""
+        return x.flatten(0, 1).index_select(0, self.index)[None]
+
+    def scatter(self, x: Tensor) -> Tensor:
+        """`[1, tokens, ...]` -> `[B, T, ...]`, zero at padding."""
+        empty = x.new_zeros(self.shape[0] * self.shape[1], *x.shape[2:])
+        return empty.index_copy(0, self.index, x[0]).unflatten(0, self.shape)
+
+
+def pack(mask: Tensor, shape: tuple[int, int]) -> Packed:
+    """The packing of a batch whose real tokens are where `mask` `[B, T]` is true; padding may lie left, right or inside.
+
+    Raises TypeError for a mask that is not bool, ValueError for one of another shape.
+    """
+    if mask.dtype != torch.bool:
+        raise TypeError(f"mask must be bool, true at real tokens, got {mask.dtype}: pass mask.bool()")
+    if tuple(mask.shape) != tuple(shape):
+        raise ValueError(f"mask must be [B, T] = {list(shape)}, got {list(mask.shape)}")
+    return Packed(boundaries(mask.sum(1)), mask.flatten().nonzero().squeeze(1), (shape[0], shape[1]))
