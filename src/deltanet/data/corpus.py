@@ -26,7 +26,7 @@ HELD_OUT = 20  # one document in twenty, or the last twentieth of each
 
 @dataclass(frozen=True, kw_only=True)
 class Corpus:
-    """Documents for training and others for validation, with where they come from. Both may be iterated any number of times."""
+    """Documents for training and for validation, with where they come from. Both may be iterated again and again."""
 
     name: str
     source: str

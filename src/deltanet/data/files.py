@@ -26,9 +26,10 @@ class BadLines:
 def read_documents(path: Path, bad: BadLines) -> Iterator[str]:
     """The documents at `path`, a file or a folder: not empty, free of NUL, and encodable in UTF-8.
 
-    A .txt file is one document, a line of JSON is another; blank lines of a .jsonl file and empty texts are passed over,
-    and so are hidden files and other kinds of files in a folder. A byte order mark is dropped, line ends stay.
-    Raises ValueError for a file of another kind, a folder without text, and damaged compression; `bad` hears of the rest.
+    A .txt file is one document, and so is each line of a .jsonl file, under "text". Blank lines of JSON and empty texts
+    are passed over, and so are hidden files and files of other kinds in a folder. A byte order mark is dropped, line
+    ends stay. Raises ValueError for a file of another kind, a folder without text, and damaged compression; `bad` hears
+    of the rest.
     """
     for file in _files(path):
         if file.stat().st_size == 0:

@@ -13,9 +13,9 @@ GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
 class ShuffledWindows:
-    """Training windows of `context` tokens, an endless sequence in which window number `position` is a pure function of
-    the stream, `context`, `seed` and `position`. Batch size, accumulation and world size only cut that one sequence into
-    pieces, so training goes on at the same token when they change, and all there is to save is the next position.
+    """Training windows of `context` tokens: an endless sequence that depends on nothing but the stream, `context` and
+    `seed`. Batch size, accumulation and world size only cut it into pieces, so training goes on at the same token when
+    they change, and all there is to save is the position of the next window.
 
     An epoch cuts the ring of N tokens into N // T windows from a random phase on and visits each once, in random order.
     All but N % T tokens are a target once per epoch; which ones are left out changes with the phase.
@@ -31,8 +31,8 @@ class ShuffledWindows:
         self.windows_per_epoch = len(stream) // context
         if self.windows_per_epoch < batch_size:
             raise ValueError(
-                f"one batch of {batch_size} windows of {context} tokens needs {batch_size * context} tokens, the training "
-                f"text has {len(stream)}: give more text, or a smaller batch or context"
+                f"one batch of {batch_size} windows of {context} tokens needs {batch_size * context} tokens, "
+                f"the training text has {len(stream)}: give more text, or a smaller batch or context"
             )
 
     def batch_at(self, position: int, batch_size: int) -> Batch:
@@ -53,8 +53,11 @@ class ShuffledWindows:
 
 
 class SequentialWindows:
-    """The whole stream in order, once: `len` windows of `context` tokens, so that the targets of all of them together are
-    every byte of text exactly once. The last window ends in separators without targets."""
+    """The whole stream in order, once: `len` windows of `context` tokens whose targets together are every byte of text
+    exactly once. The last window ends in separators without targets.
+
+    Raises ValueError for a stream without text.
+    """
 
     def __init__(self, stream: TokenStream, context: int) -> None:
         _check_sizes(context, 1)
@@ -86,8 +89,8 @@ class SequentialWindows:
 def permute(index: np.ndarray, size: int, key: np.ndarray) -> np.ndarray:
     """Where a random order of 0 ... size - 1, chosen by `key`, puts each `index`; all uint64 [n], elementwise.
 
-    For one key this is a bijection that needs no table: a Feistel network on the cells of a grid just large enough, walked
-    on from the few cells that lie outside until it comes back in.
+    For one key this is a bijection that needs no table: a Feistel network on the cells of a grid just large enough,
+    walked on from the few cells beyond `size` until it comes back.
     """
     columns = math.isqrt(size - 1) + 1 if size > 1 else 1
     rows = -(-size // columns)
@@ -101,8 +104,8 @@ def _shuffle_grid(cell: np.ndarray, rows: int, columns: int, key: np.ndarray) ->
     height, width = np.uint64(rows), np.uint64(columns)
     row, column = np.divmod(cell, width)
     for step in range(0, ROUNDS, 2):
-        row = (row + _mix(column + key + np.uint64(step) * GOLDEN) % height) % height
-        column = (column + _mix(row + key + np.uint64(step + 1) * GOLDEN) % width) % width
+        row = (row + _mix(column + _mix(key + np.uint64(step))) % height) % height
+        column = (column + _mix(row + _mix(key + np.uint64(step + 1))) % width) % width
     return row * width + column
 
 

@@ -8,7 +8,7 @@ import numpy as np
 
 
 class Decoder(Protocol):
-    """Turns a growing sequence of tokens into a growing text; a character split across tokens waits for its last byte."""
+    """Turns tokens into text as they arrive; a character split across tokens waits for its last byte."""
 
     def feed(self, tokens: Any) -> str:
         """The text that became complete with these tokens (any integer sequence), possibly empty."""
@@ -18,7 +18,7 @@ class Decoder(Protocol):
 
 
 class Tokenizer(Protocol):
-    """What a tokenizer offers. `separator` starts every document, stands for no bytes and never comes out of `encode`."""
+    """What a tokenizer offers. `separator` starts every document, stands for no bytes and never leaves `encode`."""
 
     @property
     def vocab_size(self) -> int: ...
@@ -78,7 +78,7 @@ class ByteDecoder:
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def feed(self, tokens: Any) -> str:
-        """The text completed by `tokens`, an integer or a sequence of them. A separator ends an unfinished character."""
+        """The text completed by `tokens`, an integer or several. A separator ends an unfinished character."""
         ids = np.atleast_1d(np.asarray(tokens)).ravel()
         if ids.size == 0:
             return ""
