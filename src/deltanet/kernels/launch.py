@@ -20,3 +20,27 @@ class Problem:
     sequences: int  # batch, or the number of packed sequences
     gated: bool
     packed: bool  # cu_seqlens given
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaunchConfig:
+    """How one kernel is launched: the tile one program owns, the warps that share it, the depth of its load pipeline."""
+
+    warps: int
+    stages: int = 1
+    block_v: int = 0  # most value columns of one program's tile; 0 where a kernel does not split V
+    block_k: int = 0  # most key columns of one program's tile; 0 where a kernel does not split K
+
+
+# A table holds one row per (bytes of an element of q, key dimension rounded up to a power of two). Nothing depends on T, B or H.
+Table = dict[tuple[int, int], LaunchConfig]
+
+
+def padded(dim: int) -> int:
+    """The tile width that holds `dim` columns: a power of two, at least 16 (the least that a tensor core multiplies)."""
+    return max(16, 1 << (dim - 1).bit_length())
+
+
+def choose(table: Table, itemsize: int, key_dim: int) -> LaunchConfig:
+    """The row for a key dimension; the tables are complete for 2 and 4 bytes and 16 to 256 columns."""
+    return table[itemsize, padded(key_dim)]
