@@ -5,7 +5,9 @@ May import the standard library, numpy and torch; knows nothing of models. Used 
 
 from deltanet.data.corpus import Corpus, load_corpus
 from deltanet.data.packing import IGNORED, Batch
+from deltanet.data.prepare import Streams, prepare
 from deltanet.data.sampler import SequentialWindows, ShuffledWindows
+from deltanet.data.shards import open_shards, write_shards
 from deltanet.data.stream import TokenStream, tokenize
 from deltanet.data.tokenizer import ByteTokenizer, Decoder, Tokenizer
 
@@ -17,8 +19,12 @@ __all__ = [
     "Decoder",
     "SequentialWindows",
     "ShuffledWindows",
+    "Streams",
     "TokenStream",
     "Tokenizer",
     "load_corpus",
+    "open_shards",
+    "prepare",
     "tokenize",
+    "write_shards",
 ]

@@ -40,7 +40,7 @@ class Corpus:
     skipped: int = 0  # bad lines left out
 
     def record(self) -> dict[str, str | int]:
-        """All but the text itself, for a run's record: two equal records are the same text, split the same way."""
+        """All but the text itself, as plain JSON, for a run's record."""
         return {name: value for name, value in vars(self).items() if name not in ("train", "validation")}
 
 
@@ -122,24 +122,28 @@ class Part:
 
 def _own_text(path: Path, bad_lines: Literal["error", "skip"]) -> Corpus:
     bad = BadLines(bad_lines)
-    documents = size = held_out = 0
+    documents = size = wholes = tails = 0
     digest = hashlib.sha256()
     for index, text in enumerate(read_documents(path, bad)):
         raw = text.encode()
         documents, size = documents + 1, size + len(raw)
-        held_out += len(raw) if _is_held_out(index) else 0
+        wholes += len(raw) if _is_held_out(index) else 0
+        tails += len(text[_tail(text) :].encode())
         digest.update(raw)
     if not documents:
         raise ValueError(
             f"'{path}' must hold some text, got none ({bad.count} bad lines skipped): check that this is the right file"
         )
-    if size < 2 * HELD_OUT:
-        raise ValueError(f"'{path}' must hold at least {2 * HELD_OUT} bytes of text, got {size}: give more text")
+    by_document = 0.02 <= wholes / size <= 0.15
+    if not by_document and not tails:
+        raise ValueError(
+            f"'{path}' must hold enough text to hold a {HELD_OUT}th out for validation, got {size} bytes: give more text"
+        )
 
     def read() -> Iterator[str]:
         return read_documents(path, BadLines(bad_lines))
 
-    if 0.02 <= held_out / size <= 0.15:
+    if by_document:
         split = f"every {HELD_OUT}th document is held out whole"
         train = Part(read, lambda index, text: "" if _is_held_out(index) else text)
         validation = Part(read, lambda index, text: text if _is_held_out(index) else "")

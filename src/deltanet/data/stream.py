@@ -60,7 +60,9 @@ def encode_document(text: str | bytes, tokenizer: Tokenizer) -> np.ndarray:
             f"a tokenizer must give ids in [0, {tokenizer.vocab_size}) without the separator {tokenizer.separator}, "
             f"got {ids.min()} to {ids.max()}: correct its encode"
         )
-    return np.concatenate([[tokenizer.separator], ids]).astype(token_dtype(tokenizer))
+    tokens = np.empty(1 + len(ids), dtype=token_dtype(tokenizer))
+    tokens[0], tokens[1:] = tokenizer.separator, ids
+    return tokens
 
 
 def tokenize(documents: Iterable[str | bytes], tokenizer: Tokenizer) -> TokenStream:
