@@ -1,16 +1,23 @@
 """The operator as torch sees it: registered with torch.library, with shapes for tracing and a backward, so that it compiles whole.
 
+The backend is chosen inside the operator, out of the compiler's sight, and the same choice is made again for the backward.
 Outputs that a call does not have are empty tensors here (a registered operator cannot return None); `run` turns them back.
 """
+
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from deltanet.ops.backends import family
+from deltanet.ops.backends import choose, describe, family
 from deltanet.ops.segments import check_boundaries
 from deltanet.reference.recurrent import work_dtype
 
 __all__ = ["run"]
+
+
+def _family(q: Tensor, v: Tensor, g: Tensor | None, cu_seqlens: Tensor | None, algorithm: str, backend: str) -> ModuleType:
+    return family(choose(describe(q, v, g, cu_seqlens, algorithm), backend))
 
 
 @torch.library.custom_op("deltanet::delta_rule", mutates_args=())
@@ -30,7 +37,7 @@ def _delta_rule(
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     if cu_seqlens is not None:
         check_boundaries(cu_seqlens, q.shape[1])
-    forward = getattr(family(backend), f"{algorithm}_forward")
+    forward = getattr(_family(q, v, g, cu_seqlens, algorithm, backend), f"{algorithm}_forward")
     o, state, saved = forward(
         q, k, v, beta, g, scale, initial_state, cu_seqlens, output_final_state=output_final_state, save=save
     )
@@ -41,10 +48,10 @@ def _delta_rule(
 def _(q, k, v, beta, g, scale, initial_state, cu_seqlens, output_final_state, save, algorithm, backend):
     sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     state = (sequences, v.shape[2], q.shape[3], v.shape[3])
+    o = torch.empty_like(v, memory_format=torch.contiguous_format)
     final = q.new_empty(state, dtype=work_dtype(q.dtype)) if output_final_state else q.new_empty(0)
-    return torch.empty_like(v, memory_format=torch.contiguous_format), final, family(backend).saved(
-        q, v, g, cu_seqlens, algorithm=algorithm, save=save
-    )
+    chosen = _family(q, v, g, cu_seqlens, algorithm, backend)
+    return o, final, chosen.saved(q, v, g, cu_seqlens, algorithm=algorithm, save=save)
 
 
 @torch.library.custom_op("deltanet::delta_rule_backward", mutates_args=())
@@ -63,7 +70,7 @@ def _delta_rule_backward(
     algorithm: str,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    backward = getattr(family(backend), f"{algorithm}_backward")
+    backward = getattr(_family(q, v, g, cu_seqlens, algorithm, backend), f"{algorithm}_backward")
     *grads, dg, dstate = backward(do, dfinal_state, q, k, v, beta, g, scale, initial_state, cu_seqlens, saved)
     empty = q.new_empty(0)
     return *grads, empty if dg is None else dg, empty.clone() if dstate is None else dstate
@@ -112,7 +119,7 @@ def run(
     algorithm: str,
     backend: str,
 ) -> tuple[Tensor, Tensor | None]:
-    """Run a checked call on the family named `backend`."""
+    """Run a checked call; BackendError when `backend` cannot."""
     inputs = (q, k, v, beta, g, initial_state)
     needed = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
     save = memory if needed else "nothing"

@@ -127,7 +127,8 @@ def _call(
     _check(q, k, v, beta, g, initial_state, cu_seqlens)
     if memory not in MEMORY:
         raise ValueError(f"memory must be one of {', '.join(MEMORY)}, got {memory!r}{nearest(memory, MEMORY)}")
-    name = backends.choose(backends.describe(q, v, g, cu_seqlens, algorithm), backend)
+    if backend not in backends.NAMES:
+        raise ValueError(f"backend must be one of {', '.join(backends.NAMES)}, got {backend!r}{nearest(backend, backends.NAMES)}")
     if initial_state is not None:
         initial_state = initial_state.contiguous()
     return autograd.run(
@@ -142,7 +143,7 @@ def _call(
         output_final_state=output_final_state,
         memory=memory,
         algorithm=algorithm,
-        backend=name,
+        backend=backend,
     )
 
 
