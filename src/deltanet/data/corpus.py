@@ -36,7 +36,7 @@ class Corpus:
     validation: Iterable[str]
     documents: int  # before the split
     bytes: int  # of all documents, in UTF-8
-    sha256: str  # of all documents' bytes, one after the other
+    sha256: str  # of the unpacked file, or of your documents, each ended by NUL
     skipped: int = 0  # bad lines left out
 
     def record(self) -> dict[str, str | int]:
@@ -129,16 +129,14 @@ def _own_text(path: Path, bad_lines: Literal["error", "skip"]) -> Corpus:
         documents, size = documents + 1, size + len(raw)
         wholes += len(raw) if _is_held_out(index) else 0
         tails += len(text[_tail(text) :].encode())
-        digest.update(raw)
+        digest.update(raw + b"\0")
     if not documents:
         raise ValueError(
             f"'{path}' must hold some text, got none ({bad.count} bad lines skipped): check that this is the right file"
         )
     by_document = 0.02 <= wholes / size <= 0.15
     if not by_document and not tails:
-        raise ValueError(
-            f"'{path}' must hold enough text to hold a {HELD_OUT}th out for validation, got {size} bytes: give more text"
-        )
+        raise ValueError(f"'{path}' must have enough text to hold out a {HELD_OUT}th, got {size} bytes: give more text")
 
     def read() -> Iterator[str]:
         return read_documents(path, BadLines(bad_lines))

@@ -17,10 +17,10 @@ class Streams(NamedTuple):
 
 
 def prepare(corpus: Corpus, tokenizer: Tokenizer, folder: Path | None = None) -> Streams:
-    """Both sides of `corpus` as tokens: in memory, or with `folder` as memory-mapped shards in its train/ and validation/.
+    """Both sides of `corpus` as tokens: in memory, or as memory-mapped shards in train/ and validation/ of `folder`.
 
     Shards already there are checked and used; what an interrupted call left out is made. They must be of the same text,
-    split the same way, by the same tokenizer, else ValueError. Both kinds are the same stream, so a run may change over.
+    split the same way, by the same tokenizer, else ValueError. Either way the stream is the same, so runs can change over.
     """
     if folder is None:
         return Streams(tokenize(corpus.train, tokenizer), tokenize(corpus.validation, tokenizer))
