@@ -16,7 +16,9 @@ from deltanet.reference.recurrent import work_dtype
 __all__ = ["run"]
 
 
-def _family(q: Tensor, v: Tensor, g: Tensor | None, cu_seqlens: Tensor | None, algorithm: str, backend: str) -> ModuleType:
+def _family(
+    q: Tensor, v: Tensor, g: Tensor | None, cu_seqlens: Tensor | None, algorithm: str, backend: str
+) -> ModuleType:
     return family(choose(describe(q, v, g, cu_seqlens, algorithm), backend))
 
 

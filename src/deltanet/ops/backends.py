@@ -105,7 +105,9 @@ def explain(problem: Problem) -> Explanation:
     except BackendError:
         chosen = None
     if chosen is None and refusals["reference"] is None:
-        refusals["reference"] = 'slow on a GPU, so auto never takes it there; pass backend="reference" to run it all the same'
+        refusals["reference"] = (
+            'slow on a GPU, so auto never takes it there; pass backend="reference" to run it all the same'
+        )
     return Explanation(problem, chosen, refusals)
 
 

@@ -128,7 +128,9 @@ def _call(
     if memory not in MEMORY:
         raise ValueError(f"memory must be one of {', '.join(MEMORY)}, got {memory!r}{nearest(memory, MEMORY)}")
     if backend not in backends.NAMES:
-        raise ValueError(f"backend must be one of {', '.join(backends.NAMES)}, got {backend!r}{nearest(backend, backends.NAMES)}")
+        raise ValueError(
+            f"backend must be one of {', '.join(backends.NAMES)}, got {backend!r}{nearest(backend, backends.NAMES)}"
+        )
     if initial_state is not None:
         initial_state = initial_state.contiguous()
     return autograd.run(
@@ -180,7 +182,9 @@ def _check(
         if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 2:
             raise ValueError(f"cu_seqlens must be [N + 1] with N >= 1, got shape {list(cu_seqlens.shape)}")
         if B != 1:
-            raise ValueError(f"packed sequences lie in one row: with cu_seqlens B must be 1, got {B}; pass q.view(1, B * T, H, K)")
+            raise ValueError(
+                f"packed sequences lie in one row: with cu_seqlens B must be 1, got {B}; pass q.view(1, B * T, H, K)"
+            )
         N = cu_seqlens.shape[0] - 1
     if initial_state is not None:
         _expect("initial_state", initial_state, (N, HV, K, V), "N, HV, K, V", "one state per sequence and value head")
@@ -190,16 +194,16 @@ def _check(
             )
     if q.dtype not in DTYPES:
         raise TypeError(f"q must be one of {', '.join(str(d) for d in DTYPES)}, got {q.dtype}")
-    for name, x in {"k": k, "v": v}.items():
+    for name, x in (("k", k), ("v", v)):
         if x.dtype != q.dtype:
             raise TypeError(f"{name} must have q's dtype {q.dtype}, got {x.dtype}")
-    for name, x in {"beta": beta, "g": g}.items():
-        if x is not None and not x.dtype.is_floating_point:
-            raise TypeError(f"{name} must be a floating dtype, got {x.dtype}")
+    for name, strength in (("beta", beta), ("g", g)):
+        if strength is not None and not strength.dtype.is_floating_point:
+            raise TypeError(f"{name} must be a floating dtype, got {strength.dtype}")
     others = {"k": k, "v": v, "beta": beta, "g": g, "initial_state": initial_state, "cu_seqlens": cu_seqlens}
-    for name, x in others.items():
-        if x is not None and x.device != q.device:
-            raise ValueError(f"{name} must be on q's device {q.device}, got {x.device}")
+    for name, other in others.items():
+        if other is not None and other.device != q.device:
+            raise ValueError(f"{name} must be on q's device {q.device}, got {other.device}")
 
 
 def _expect(name: str, x: Tensor, shape: tuple[int, ...], dims: str, why: str) -> None:

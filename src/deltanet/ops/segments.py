@@ -1,5 +1,6 @@
 """Sequences of unequal length: boundaries of packed sequences (`cu_seqlens`), and batches with padding turned into packed ones."""
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -26,9 +27,11 @@ def check_boundaries(cu_seqlens: Tensor, tokens: int) -> None:
         raise ValueError(
             f"cu_seqlens must run from 0 to T = {tokens}, got {bounds[0]} to {bounds[-1]}: it lists where each packed sequence starts, then the end"
         )
-    for n, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for n, (start, end) in enumerate(pairwise(bounds)):
         if end < start:
-            raise ValueError(f"cu_seqlens must not go down, got {start} then {end} at position {n}: sort the boundaries")
+            raise ValueError(
+                f"cu_seqlens must not go down, got {start} then {end} at position {n}: sort the boundaries"
+            )
     _checked[cu_seqlens] = mark
 
 
@@ -41,17 +44,17 @@ class Packed(NamedTuple):
     """A padded batch `[B, T, ...]` seen as its real tokens in a row `[1, tokens, ...]`."""
 
     cu_seqlens: Tensor  # [B + 1] int32; a row of padding alone is an empty sequence
-    index: Tensor  # [tokens] places of the real tokens in the flattened batch
+    places: Tensor  # [tokens] places of the real tokens in the flattened batch
     shape: tuple[int, int]  # B, T
 
     def gather(self, x: Tensor) -> Tensor:
         """`[B, T, ...]` -> `[1, tokens, ...]`."""
-        return x.flatten(0, 1).index_select(0, self.index)[None]
+        return x.flatten(0, 1).index_select(0, self.places)[None]
 
     def scatter(self, x: Tensor) -> Tensor:
         """`[1, tokens, ...]` -> `[B, T, ...]`, zero at padding."""
         empty = x.new_zeros(self.shape[0] * self.shape[1], *x.shape[2:])
-        return empty.index_copy(0, self.index, x[0]).unflatten(0, self.shape)
+        return empty.index_copy(0, self.places, x[0]).unflatten(0, self.shape)
 
 
 def pack(mask: Tensor, shape: tuple[int, int]) -> Packed:

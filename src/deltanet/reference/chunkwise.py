@@ -21,7 +21,9 @@ from deltanet.reference.recurrent import work_dtype
 
 __all__ = ["CHUNK", "backward", "chunk_output", "chunk_state", "chunk_transform", "forward", "saved"]
 
-CHUNK = 64  # the kernels' chunk length, so that both have the same stages; on a CPU 32 to 128 run within 10% of each other
+CHUNK = (
+    64  # the kernels' chunk length, so that both have the same stages; on a CPU 32 to 128 run within 10% of each other
+)
 
 
 def count_chunks(batch: int, tokens: int, packed: int | None, chunk: int = CHUNK) -> int:
@@ -51,7 +53,9 @@ class Layout:
     def of(batch: int, tokens: int, cu_seqlens: Tensor | None, device: torch.device, chunk: int = CHUNK) -> "Layout":
         if cu_seqlens is None:
             count = -(-tokens // chunk)
-            return Layout(batch, tokens, None, [(slice(c, None, count), slice(None)) for c in range(count)], None, chunk)
+            return Layout(
+                batch, tokens, None, [(slice(c, None, count), slice(None)) for c in range(count)], None, chunk
+            )
         bounds = cu_seqlens.to("cpu", torch.int64)
         lengths = bounds.diff()
         counts = (lengths + chunk - 1) // chunk

@@ -7,6 +7,8 @@ Source: Yang et al. 2024 (arXiv 2406.06484), section 2.2; with the gate, Yang et
 Any float dtype: fp64 computes and keeps its state in fp64 (for proofs), every other dtype in fp32.
 """
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -58,7 +60,7 @@ def delta_rule(
     bounds = cu_seqlens.tolist()
     states = _zeros_or(initial_state, (len(bounds) - 1, v.shape[2], q.shape[-1], v.shape[-1]), values)
     outputs, finals = [], []
-    for n, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for n, (start, end) in enumerate(pairwise(bounds)):
         part = slice(start, end)
         gate = None if g is None else g[:, part]
         o, state = _run(q[:, part], k[:, part], values[:, part], beta[:, part], gate, scale, states[n : n + 1])
@@ -107,7 +109,7 @@ def backward(
     shape = (v.shape[0] if cu_seqlens is None else len(bounds) - 1, v.shape[2], q.shape[-1], v.shape[-1])
     starts, D_all = _zeros_or(initial_state, shape, V), _zeros_or(dfinal_state, shape, V).clone()
     dQ, dK, dV, dbeta, dg = (torch.zeros_like(x) for x in (Q, K, V, b, b))
-    for n, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for n, (start, end) in enumerate(pairwise(bounds)):
         rows = slice(None) if cu_seqlens is None else slice(n, n + 1)
         S, D = starts[rows], D_all[rows]
         decayed, errors = [], []
@@ -128,9 +130,12 @@ def backward(
             D = D - k_t[..., None] * dV[:, t, :, None, :]
             dg[:, t] = (D * before).sum((-2, -1))[..., None]
             D = decay[:, t, :, :, None] * D
-            S = starts[rows] if t == start else decayed[t - start - 1] + K[:, t - 1, :, :, None] * (
-                b[:, t - 1] * errors[t - start - 1]
-            )[..., None, :]
+            S = (
+                starts[rows]
+                if t == start
+                else decayed[t - start - 1]
+                + K[:, t - 1, :, :, None] * (b[:, t - 1] * errors[t - start - 1])[..., None, :]
+            )
         D_all[rows] = D
     dQ, dK = (x if group == 1 else x.unflatten(2, (-1, group)).sum(3) for x in (dQ, dK))
     gate = None if g is None else dg[..., 0].to(g.dtype)

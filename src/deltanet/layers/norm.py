@@ -1,0 +1,37 @@
+"""Normalisation, computed in fp32 whatever comes in (fp64 stays fp64)."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ["RMSNorm", "l2_normalize", "sum_normalize", "widen"]
+
+
+def widen(x: Tensor) -> Tensor:
+    """x in the dtype in which sums and exponentials are taken."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension. `[..., dim]` -> `[..., dim]` in x's dtype."""
+
+    def __init__(self, dim: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = widen(x)
+        return F.rms_norm(wide, self.weight.shape, self.weight.to(wide.dtype), self.eps).to(x.dtype)
+
+
+def l2_normalize(x: Tensor, eps: float = 1e-6) -> Tensor:
+    """x / sqrt(sum(x^2) + eps) over the last dimension; eps lies under the root, so that a zero vector has a gradient."""
+    wide = widen(x)
+    return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+def sum_normalize(x: Tensor, eps: float = 1e-6) -> Tensor:
+    """x / (sum(x) + eps) over the last dimension, for positive features (Schlag et al. 2021, arXiv 2102.11174, section 4.2)."""
+    wide = widen(x)
+    return (wide / (wide.sum(-1, keepdim=True) + eps)).to(x.dtype)
