@@ -66,8 +66,7 @@ def delta_rule(
         o, state = _run(q[:, part], k[:, part], values[:, part], beta[:, part], gate, scale, states[n : n + 1])
         outputs.append(o)
         finals.append(state)
-    o = torch.cat(outputs, 1) if outputs else values
-    return o.to(v.dtype), torch.cat(finals) if finals else states
+    return torch.cat(outputs, 1).to(v.dtype), torch.cat(finals)
 
 
 def _zeros_or(state: Tensor | None, shape: tuple[int, ...], like: Tensor) -> Tensor:
@@ -77,11 +76,12 @@ def _zeros_or(state: Tensor | None, shape: tuple[int, ...], like: Tensor) -> Ten
 def _run(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, scale: float, state: Tensor
 ) -> tuple[Tensor, Tensor]:
-    outputs = []
+    outputs: list[Tensor] = []
+    state = state.clone()  # the result is new even when there is no token
     for t in range(q.shape[1]):
         o, state = delta_step(q[:, t], k[:, t], v[:, t], beta[:, t], None if g is None else g[:, t], scale, state)
         outputs.append(o)
-    return torch.stack(outputs, 1) if outputs else v, state
+    return torch.stack(outputs, 1) if outputs else v.new_zeros(v.shape), state
 
 
 def backward(
