@@ -36,7 +36,7 @@ def test_persuasion_is_held_out_whole(austen):
 
 
 def test_a_damaged_bundle_is_refused():
-    with pytest.raises(ValueError, match="the bundled corpus must be an xz file, got .*: install deltanet again"):
+    with pytest.raises(ValueError, match=r"the bundled corpus must be an xz file, got .*: install deltanet again"):
         corpus._unpack(b"no xz at all", corpus.AUSTEN_SHA256)
     with pytest.raises(ValueError, match=r"the bundled corpus must have sha256 db2cdb\w+, got \w+: install"):
         corpus._unpack(lzma.compress(b"EMMA, abridged"), corpus.AUSTEN_SHA256)
@@ -108,7 +108,7 @@ def test_skipped_lines_are_counted_and_nothing_left_is_an_error(tmp_path):
 
 
 def test_what_is_neither_corpus_nor_path_is_refused_with_the_nearest_name(tmp_path):
-    with pytest.raises(ValueError, match="nothing is at 'austin': did you mean 'austen'?"):
+    with pytest.raises(ValueError, match=r"nothing is at 'austin': did you mean 'austen'\?"):
         load_corpus("austin")
     with pytest.raises(ValueError, match=r"nothing is at '.*gone.txt': check the path"):
         load_corpus(tmp_path / "gone.txt")
@@ -117,3 +117,16 @@ def test_what_is_neither_corpus_nor_path_is_refused_with_the_nearest_name(tmp_pa
 def test_unknown_ways_with_bad_lines_are_refused(tmp_path):
     with pytest.raises(ValueError, match='bad_lines must be "error" or "skip", got \'ignore\''):
         load_corpus(tmp_path, bad_lines="ignore")
+
+
+def test_collected_text_needs_a_folder_and_says_its_versions(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="pydocs needs a folder to be collected into, got none: give cache=FOLDER"):
+        load_corpus("pydocs")
+    monkeypatch.setattr(corpus.python_text, "_roots", lambda: [tmp_path / "package"])
+    (tmp_path / "package").mkdir()
+    for name in "ab":
+        (tmp_path / "package" / f"{name}.py").write_text(f'"""{name * 500}"""')
+    found = load_corpus("pydocs", cache=tmp_path / "cache")
+    assert (found.name, found.bytes, found.documents) == ("pydocs", 1000, 2)
+    assert found.source.startswith("docstrings of Python 3.")
+    assert load_corpus("pycode", cache=tmp_path / "cache").bytes == 1012

@@ -80,7 +80,7 @@ def test_skipping_keeps_the_good_lines_of_the_file(tmp_path):
     assert bad.count == 2
 
 
-@pytest.mark.parametrize("damage", ["cut", "garbled", "foreign"])
+@pytest.mark.parametrize("damage", ["cut", "garbled", "no deflate", "foreign"])
 def test_damaged_compression_is_an_error_even_when_bad_lines_are_skipped(damage, tmp_path):
     lines = "".join(json.dumps({"text": f"{i * i}"}) + "\n" for i in range(5000)).encode()
     packed = gzip.compress(lines)
@@ -88,6 +88,7 @@ def test_damaged_compression_is_an_error_even_when_bad_lines_are_skipped(damage,
     content = {
         "cut": packed[:-9],
         "garbled": packed[:middle] + bytes(200) + packed[middle + 200 :],
+        "no deflate": packed[:10] + b"\xff" * 100,
         "foreign": lines,
     }[damage]
     path = write(tmp_path, "a.jsonl.gz", content)

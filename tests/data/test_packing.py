@@ -1,5 +1,7 @@
 """Targets and boundaries of packed documents, token by token."""
 
+from itertools import pairwise
+
 import numpy as np
 import torch
 from hypothesis import given
@@ -70,7 +72,7 @@ def test_every_packed_sequence_is_a_piece_of_one_document(documents, starts, con
     assert bounds[0] == 0
     assert bounds[-1] == len(inputs)
     assert set(range(0, len(inputs), context)) <= set(bounds)
-    for begin, end in zip(bounds[:-1], bounds[1:], strict=True):
+    for begin, end in pairwise(bounds):
         assert begin < end
         assert SEPARATOR not in inputs[begin + 1 : end], "a document starts inside a sequence"
         piece = bytes(token for token in inputs[begin:end] if token != SEPARATOR)

@@ -45,7 +45,7 @@ def seal(index):
     index["sha256"] = shards._index_sha256(index)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(documents=st.lists(st.binary(max_size=30), min_size=1, max_size=8), size=st.integers(1, 40))
 def test_shards_are_the_stream_that_memory_holds(documents, size, tmp_path_factory):
     folder = tmp_path_factory.mktemp("shards") / "tokens"

@@ -1,4 +1,4 @@
-"""Where text comes from: the bundled novels, and the user's own files."""
+"""Where text comes from: the bundled novels, what is installed with torch, and the user's own files."""
 
 import difflib
 import hashlib
@@ -9,6 +9,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Literal
 
+from deltanet.data import python_text
 from deltanet.data.files import BadLines, read_documents
 
 AUSTEN_SHA256 = "db2cdbf60584de5e99d05bf89964819ec32e0b9968920e12c4f1217bd63cf87f"
@@ -20,7 +21,8 @@ AUSTEN_NOVELS = (
     "PRIDE AND PREJUDICE",
     "SENSE AND SENSIBILITY",
 )
-BUNDLED = ("austen",)
+COLLECTED: dict[str, Literal["docstrings", "source"]] = {"pydocs": "docstrings", "pycode": "source"}
+NAMES = ("austen", *COLLECTED)
 HELD_OUT = 20  # one document in twenty, or the last twentieth of each
 
 
@@ -44,8 +46,13 @@ class Corpus:
         return {name: value for name, value in vars(self).items() if name not in ("train", "validation")}
 
 
-def load_corpus(source: str | Path, bad_lines: Literal["error", "skip"] = "error") -> Corpus:
-    """The corpus called `source` ("austen"), or the user's text at the path `source`.
+def load_corpus(
+    source: str | Path, bad_lines: Literal["error", "skip"] = "error", *, cache: Path | None = None
+) -> Corpus:
+    """The corpus called `source`, or the user's text at the path `source`.
+
+    "austen" comes with the package. "pydocs" and "pycode" are the docstrings and the source of Python, torch, sympy and
+    networkx as installed here, collected once into the folder `cache`; they differ between versions, which `source` names.
 
     A path is a .txt file (one document), a .jsonl or .jsonl.gz file (one document a line, under "text"), or a folder of
     those, read recursively in sorted order. Every file is read and checked once here, before any compute; the documents
@@ -61,15 +68,17 @@ def load_corpus(source: str | Path, bad_lines: Literal["error", "skip"] = "error
         raise ValueError(f'bad_lines must be "error" or "skip", got {bad_lines!r}')
     if source == "austen":
         return _austen()
+    if source in COLLECTED:
+        return _collected(str(source), cache)
     path = Path(source)
     if not path.exists():
-        near = difflib.get_close_matches(str(source), BUNDLED, n=1)
+        near = difflib.get_close_matches(str(source), NAMES, n=1)
         hint = f"did you mean {near[0]!r}?" if near else "check the path"
         raise ValueError(
-            f"data must be a corpus ({', '.join(BUNDLED)}) or a path to .txt, .jsonl, .jsonl.gz or a folder of those, "
+            f"data must be a corpus ({', '.join(NAMES)}) or a path to .txt, .jsonl, .jsonl.gz or a folder of those, "
             f"but nothing is at '{source}': {hint}"
         )
-    return _own_text(path, bad_lines)
+    return _from_files(path, bad_lines, name=path.name, source=str(path), licence="your own text")
 
 
 def _austen() -> Corpus:
@@ -120,7 +129,20 @@ class Part:
                 yield kept
 
 
-def _own_text(path: Path, bad_lines: Literal["error", "skip"]) -> Corpus:
+def _collected(name: str, cache: Path | None) -> Corpus:
+    if cache is None:
+        raise ValueError(f"{name} needs a folder to be collected into, got none: give cache=FOLDER")
+    kind = COLLECTED[name]
+    return _from_files(
+        python_text.collect(kind, cache),
+        "error",
+        name=name,
+        source=f"{kind} of {python_text.versions()}",
+        licence=python_text.LICENCES,
+    )
+
+
+def _from_files(path: Path, bad_lines: Literal["error", "skip"], *, name: str, source: str, licence: str) -> Corpus:
     bad = BadLines(bad_lines)
     documents = size = wholes = tails = 0
     digest = hashlib.sha256()
@@ -150,9 +172,9 @@ def _own_text(path: Path, bad_lines: Literal["error", "skip"]) -> Corpus:
         train = Part(read, lambda _, text: text[: _tail(text)])
         validation = Part(read, lambda _, text: text[_tail(text) :])
     return Corpus(
-        name=path.name,
-        source=str(path),
-        licence="your own text",
+        name=name,
+        source=source,
+        licence=licence,
         split=split,
         train=train,
         validation=validation,

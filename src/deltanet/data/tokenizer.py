@@ -98,6 +98,4 @@ class ByteDecoder:
 
     def flush(self) -> str:
         """U+FFFD if a character is unfinished, else nothing; the decoder then starts afresh."""
-        rest = self._utf8.decode(b"", final=True)
-        self._utf8.reset()
-        return rest
+        return self._utf8.decode(b"", final=True)
