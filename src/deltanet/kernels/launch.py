@@ -30,6 +30,8 @@ class LaunchConfig:
     stages: int = 1
     block_v: int = 0  # most value columns of one program's tile; 0 where a kernel does not split V
     block_k: int = 0  # most key columns of one program's tile; 0 where a kernel does not split K
+    registers: int = 0  # most registers of a thread, 0: as many as the compiler likes
+    apart: bool = False  # gradients: dk and dq in two passes
 
 
 # A table holds one row per (bytes of an element of q, key dimension rounded up to a power of two). Nothing depends on T, B or H.
@@ -44,3 +46,48 @@ def padded(dim: int) -> int:
 def choose(table: Table, itemsize: int, key_dim: int) -> LaunchConfig:
     """The row for a key dimension; the tables are complete for 2 and 4 bytes and 16 to 256 columns."""
     return table[itemsize, padded(key_dim)]
+
+
+# recurrent: one warp holds a strip of the state, [summed dimension, strip], 64 elements a lane: at 32 the conversions of q and k to fp32
+# outweigh the arithmetic, at 128 the compiler runs out of registers. Loads are pipelined by hand, two tokens ahead. Every size of element
+# has the same row: the arithmetic is fp32. Key: (bytes of an element of q, summed dimension), which is K for "errors" and V for "keys".
+_STRIP = {16: 64, 32: 64, 64: 32, 128: 16, 256: 8}
+RECURRENT: dict[str, Table] = {
+    "errors": {(size, along): LaunchConfig(warps=1, block_v=strip) for size in (2, 4) for along, strip in _STRIP.items()},
+    "keys": {(size, along): LaunchConfig(warps=1, block_k=strip) for size in (2, 4) for along, strip in _STRIP.items()},
+}
+
+# decode: memory-bound, a program moves a whole [K, 32] piece of the state, 128 bytes of a row at a time. 4 warps have 32 (K 128) or 64 (K 256)
+# floats a lane in flight; 16 columns at B 1 would use more multiprocessors, but half a line of each row.
+DECODE: Table = {(size, key_dim): LaunchConfig(warps=4, block_v=32) for size in (2, 4) for key_dim in (16, 32, 64, 128, 256)}
+
+# The chunk kernels pad K and V to at least 64 columns: 32-wide tiles with 4 warps are miscompiled for Hopper by some Triton releases,
+# and every further width is one more configuration to prove. Key: (bytes of an element of q, padded K).
+CHUNK_TRANSFORM: Table = {(size, width): LaunchConfig(warps=1) for size in (2, 4) for width in (64, 128, 256)}
+
+CHUNK_FORWARD: Table = {
+    (2, 64): LaunchConfig(warps=4, stages=2, block_v=64),
+    (2, 128): LaunchConfig(warps=4, stages=2, block_v=64),
+    (2, 256): LaunchConfig(warps=8, stages=2, block_v=64),
+    (4, 64): LaunchConfig(warps=4, block_v=64),
+    (4, 128): LaunchConfig(warps=8, block_v=64),
+    (4, 256): LaunchConfig(warps=8, block_v=32),
+}
+
+CHUNK_BACKWARD: Table = {
+    (2, 64): LaunchConfig(warps=4, stages=2, block_v=64),
+    (2, 128): LaunchConfig(warps=4, stages=2, block_v=64),
+    (2, 256): LaunchConfig(warps=8, stages=2, block_v=64),
+    (4, 64): LaunchConfig(warps=4, block_v=64),
+    (4, 128): LaunchConfig(warps=8, block_v=64),
+    (4, 256): LaunchConfig(warps=8, block_v=32),
+}
+
+CHUNK_GRADIENTS: Table = {
+    (2, 64): LaunchConfig(warps=4, stages=2, block_v=64, block_k=64),
+    (2, 128): LaunchConfig(warps=8, stages=3, block_v=64, block_k=128),
+    (2, 256): LaunchConfig(warps=8, stages=3, block_v=64, block_k=128),
+    (4, 64): LaunchConfig(warps=8, block_v=32, block_k=64),
+    (4, 128): LaunchConfig(warps=8, block_v=32, block_k=64),
+    (4, 256): LaunchConfig(warps=8, block_v=32, block_k=64),
+}

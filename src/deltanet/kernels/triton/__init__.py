@@ -1,10 +1,71 @@
-"""The portable GPU family: the delta rule in plain Triton, forward and backward, for compute capability 8.0 and above."""
+"""The portable GPU family: the delta rule in plain Triton, forward and backward, for compute capability 8.0 and above.
+
+Triton is imported when an operator runs, never before: on a machine without it this family can still say that it refuses, and why.
+"""
+
+import sys
+from importlib import metadata, util
+from typing import Any
 
 from deltanet.kernels.launch import Problem
 
+__all__ = ["chunk_backward", "chunk_forward", "recurrent_backward", "recurrent_forward", "refuse", "saved", "warmup"]
+
+OLDEST = (3, 6)  # the first release whose Hopper code these kernels were checked with
+DTYPES = ("float32", "bfloat16", "float16")
+
 
 def refuse(problem: Problem) -> str | None:
-    """Why this family cannot run `problem`, or None."""
-    if problem.device != "cuda":
-        return f"it runs on CUDA GPUs and the tensors are on {problem.device}"
-    return "its kernels are not written yet"
+    """None when the family can run `problem`, else what is missing and what to do."""
+    if util.find_spec("triton") is None:
+        return "Triton is not installed: pip install 'triton>=3.6'"
+    version = metadata.version("triton")
+    if tuple(int(part) for part in version.split(".")[:2]) < OLDEST:
+        return f"Triton {version} is too old: pip install 'triton>=3.6'"
+    if problem.device != "cuda" and not _interpreting():
+        return f"it needs a CUDA GPU, and the tensors are on {problem.device}: move them, or pass backend='reference'"
+    if problem.capability is not None and problem.capability < (8, 0):
+        major, minor = problem.capability
+        return f"it needs a GPU of compute capability 8.0 or above, this one has {major}.{minor}: pass backend='reference'"
+    if problem.dtype not in DTYPES:
+        return f"it runs {', '.join(DTYPES)}, not {problem.dtype}: cast the tensors, or pass backend='reference'"
+    for name, dim in (("K", problem.key_dim), ("V", problem.value_dim)):
+        if not 16 <= dim <= 256:
+            return f"{name} must be 16 to 256, got {dim}: use more or fewer heads, or pass backend='reference'"
+    if problem.value_heads > 65_535:
+        return f"it runs up to 65535 value heads, got {problem.value_heads}: pass backend='reference'"
+    return None
+
+
+def _interpreting() -> bool:
+    """Whether Triton was imported with its interpreter on, in which kernels run on the CPU."""
+    triton = sys.modules.get("triton")
+    return triton is not None and bool(triton.knobs.runtime.interpret)
+
+
+def saved(q, v, g, cu_seqlens, *, algorithm: str, save: str) -> list[Any]:
+    """What a forward will save for the backward, as empty tensors."""
+    if algorithm == "chunk":
+        from deltanet.kernels.triton import chunk
+
+        return chunk.saved(q, v, g, save)
+    from deltanet.kernels.triton import recurrent
+
+    return recurrent.recurrent_saved(v, save)
+
+
+_HOMES = {
+    "chunk_forward": "chunk",
+    "chunk_backward": "chunk",
+    "recurrent_forward": "recurrent",
+    "recurrent_backward": "recurrent",
+    "warmup": "warmup",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

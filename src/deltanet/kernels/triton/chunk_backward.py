@@ -1,0 +1,162 @@
+"""The state gradient, from the last chunk to the first, and with it the gradients of v and beta.
+
+    G' = e^(G_last - G) (K D) + P^T dO          P = scale tril(Q K^T e^(G_i - G_j))
+    H  = G' - X^T (beta G')                     the adjoint of the triangular solve: the same X, transposed
+    dV = beta H          dbeta_i = E_i . H_i
+    D <- e^(G_last) D + Q^T (scale e^G dO) - K^T (e^G dV)
+
+D is dLoss/dS at the end of a chunk. Here it is carried divided by `scale`, so that dO and Q enter the products as they lie in memory;
+what is stored for the next kernel is D / scale as well. Like the forward, one program owns BLOCK_V columns of V, transposed.
+"""
+
+import triton
+import triton.language as tl
+
+from deltanet.kernels.triton.tiles import CHUNK, decay_between, find_part
+
+
+@triton.jit(do_not_specialize=["T", "N", "steps", "x_head", "scale", "inverse_scale"])
+def state_gradient(
+    q,  # [tokens, H, K]
+    k,  # [tokens, H, K]
+    do,  # [tokens, HV, V]
+    E,  # [tokens, HV, V]
+    beta,  # [tokens, HV]
+    G,  # [tokens, HV] fp32, gated only
+    X,  # [HV, tokens * 48]
+    X_low,  # the same, REST only
+    dfinal,  # [segments, HV, K, V] fp32, FINAL only
+    dv,  # [tokens, HV, V] out, OUTPUT only
+    dbeta,  # [tiles of V, tokens, HV] fp32 out, OUTPUT only: partial sums
+    D,  # [slots, HV, V, K] out: D / scale between chunks c and c + 1, in the slot of c + 1. BORROW: dq, rows 0..63 of V
+    D_high,  # BORROW: dk, rows 64..127 of V; D of a chunk lies where its dq and dk will be written
+    dinitial,  # [segments, HV, K, V] fp32 out, INITIAL only
+    cu_seqlens,
+    N,
+    steps,
+    T,
+    x_head,
+    scale,
+    inverse_scale,
+    H: tl.constexpr,
+    HV: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    SEGMENT: tl.constexpr,
+    PACKED: tl.constexpr,
+    GATED: tl.constexpr,
+    REST: tl.constexpr,
+    FINAL: tl.constexpr,
+    INITIAL: tl.constexpr,
+    OUTPUT: tl.constexpr,
+    BORROW: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    TILES: tl.constexpr = (V + BV - 1) // BV
+    tile = tl.program_id(0) % TILES
+    place = tl.program_id(0) // TILES
+    head = tl.program_id(1)
+    if SEGMENT == 0:
+        sequence = place
+        if PACKED:
+            begin = tl.load(cu_seqlens + place).to(tl.int64)
+            end = tl.load(cu_seqlens + place + 1).to(tl.int64)
+        else:
+            begin = place.to(tl.int64) * T
+            end = begin + T
+        chunks = tl.cdiv(end - begin, CHUNK).to(tl.int32)
+    else:
+        sequence, part, begin, end = find_part(place, cu_seqlens, N, steps, T, SEGMENT, PACKED)
+        begin += part * SEGMENT
+        chunks = tl.minimum(tl.cdiv(end - begin, CHUNK).to(tl.int32), SEGMENT // CHUNK)
+
+    state = (place.to(tl.int64) * HV + head) * K * V
+    t = tl.arange(0, CHUNK)
+    d = tl.arange(0, BK)
+    e = tile * BV + tl.arange(0, BV)
+    in_k = d < K
+    in_v = e < V
+    at_state = d[None, :] * V + e[:, None]
+    if FINAL:
+        Dt = tl.load(dfinal + state + at_state, mask=in_k[None, :] & in_v[:, None], other=0.0) * inverse_scale
+    else:
+        Dt = tl.zeros([BV, BK], tl.float32)
+
+    tokens_before = begin
+    length = (end - begin).to(tl.int32)
+    q += (begin * H + head // (HV // H)) * K
+    k += (begin * H + head // (HV // H)) * K
+    do += (begin * HV + head) * V
+    E += (begin * HV + head) * V
+    dv += (begin * HV + head) * V
+    beta += begin * HV + head
+    G += begin * HV + head
+    X += head * x_head.to(tl.int64) + begin * 48
+    X_low += head * x_head.to(tl.int64) + begin * 48
+    if PACKED:
+        total = tl.load(cu_seqlens + N).to(tl.int64)
+    else:
+        total = N.to(tl.int64) * T
+    dbeta += (tile * total + begin) * HV + head
+    if BORROW:
+        D = tl.where((tile * BV) // CHUNK == 0, D, D_high) + (begin * H + head) * K
+    x_at = tl.where(t < 32, t * 32, t * 64 - 1024)[:, None] + t[None, :]
+    x_in = (t[:, None] >= 32) | (t[None, :] < 32)
+
+    for back in range(chunks):
+        c = chunks - 1 - back
+        row = c * CHUNK + t
+        valid = row < length
+        row = row.to(tl.int64)
+        in_keys = valid[:, None] & in_k[None, :]
+        in_values = valid[:, None] & in_v[None, :]
+        keys = tl.load(k + row[:, None] * (H * K) + d[None, :], mask=in_keys, other=0.0)
+        queries = tl.load(q + row[:, None] * (H * K) + d[None, :], mask=in_keys, other=0.0)
+        douts = tl.load(do + row[:, None] * (HV * V) + e[None, :], mask=in_values, other=0.0)
+        b = tl.load(beta + row * HV, mask=valid, other=0.0).to(tl.float32)
+        Db = Dt.to(keys.dtype)
+        if OUTPUT:
+            # the end of the sequence needs no slot: it is the given dfinal, or zero
+            keep = in_v[:, None] & in_k[None, :] & ((c + 1) * CHUNK < length)
+            if BORROW:
+                at_slot = c * (CHUNK * H * K) + (e % CHUNK)[:, None] * (H * K) + d[None, :]
+            else:
+                at_slot = ((tokens_before // CHUNK + c) * HV + head) * (K * V) + e[:, None] * K + d[None, :]
+            tl.store(D + at_slot, Db, mask=keep)
+        if GATED:
+            last = tl.load(G + (tl.minimum(length, (c + 1) * CHUNK) - 1).to(tl.int64) * HV)
+            Gc = tl.where(valid, tl.load(G + row * HV, mask=valid, other=0.0), last)
+
+        P = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
+        Gt = tl.dot(Db, tl.trans(keys), input_precision=PRECISION)
+        if GATED:
+            P *= decay_between(Gc[:, None], Gc[None, :], t[:, None] >= t[None, :])
+            Gt *= tl.math.exp2(last - Gc)[None, :]
+        else:
+            P = tl.where(t[:, None] >= t[None, :], P, 0.0)
+        Gt = tl.dot(tl.trans(douts), P.to(keys.dtype), Gt, input_precision=PRECISION)
+
+        x_mask = x_in & valid[:, None]
+        x = tl.load(X + c * 3072 + x_at, mask=x_mask, other=0.0)
+        bG = -(Gt * b[None, :]).to(keys.dtype)
+        Ht = tl.dot(bG, x, Gt, input_precision=PRECISION)
+        if REST:
+            x = tl.load(X_low + c * 3072 + x_at, mask=x_mask, other=0.0)
+            Ht = tl.dot(bG, x, Ht, input_precision=PRECISION)
+
+        dW = Ht * b[None, :]
+        if OUTPUT:
+            errors = tl.load(E + row[:, None] * (HV * V) + e[None, :], mask=in_values, other=0.0)
+            tl.store(dbeta + row * HV, tl.sum(tl.trans(errors).to(tl.float32) * Ht, 0) * scale, mask=valid)
+            at = row[None, :] * (HV * V) + e[:, None]
+            tl.store(dv + at, (dW * scale).to(dv.dtype.element_ty), mask=valid[None, :] & in_v[:, None])
+        if GATED:
+            queries = (queries.to(tl.float32) * tl.math.exp2(Gc)[:, None]).to(keys.dtype)
+            dW *= tl.math.exp2(Gc)[None, :]
+            Dt *= tl.math.exp2(last)
+        Dt = tl.dot(tl.trans(douts), queries, Dt, input_precision=PRECISION)
+        Dt = tl.dot((-dW).to(keys.dtype), keys, Dt, input_precision=PRECISION)
+    if INITIAL:
+        tl.store(dinitial + state + at_state, Dt * scale, mask=in_k[None, :] & in_v[:, None])
