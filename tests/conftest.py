@@ -2,6 +2,9 @@
 
 import pytest
 import torch
+from torch.utils._device import _device_constructors
+
+_device_constructors()  # remembers the true torch.empty, before it is replaced: `with torch.device("meta")` goes by identity
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -18,6 +18,8 @@ from deltanet.ops import pack
 
 __all__ = ["Block", "LanguageModel", "MixerConfig", "ModelConfig"]
 
+LOGITS = 2**24  # most logits held at a time when losses are computed: 64 MiB in fp32
+
 State: TypeAlias = tuple[Any, ...]  # one mixer state per block
 
 
@@ -171,7 +173,7 @@ class LanguageModel(nn.Module):
         """
         x = self.hidden(tokens, cu_seqlens=cu_seqlens)[0].flatten(0, 1)
         flat = targets.flatten()
-        piece = max(1, 2**24 // self.config.vocab_size)  # at most 64 MiB of fp32 logits at a time
+        piece = max(1, LOGITS // self.config.vocab_size)
         if len(x) <= piece:
             losses = self._cross_entropy(x, flat)
         else:
