@@ -1,0 +1,58 @@
+"""The public surface, written down: what a user may import, and that importing it is cheap and needs torch alone."""
+
+import importlib
+import inspect
+import subprocess
+import sys
+
+import pytest
+
+PUBLIC = {
+    "deltanet": [
+        "BackendError",
+        "DeltaNet",
+        "DeltaNetConfig",
+        "LanguageModel",
+        "ModelConfig",
+        "chunk_delta_rule",
+        "explain",
+        "preset",
+        "recurrent_delta_rule",
+    ],
+    "deltanet.ops": ["chunk_delta_rule", "explain", "recurrent_delta_rule"],
+    "deltanet.layers": ["DeltaNet", "DeltaNetConfig", "DeltaNetState"],
+    "deltanet.models": ["LanguageModel", "ModelConfig", "preset"],
+}
+
+
+@pytest.mark.parametrize("module", PUBLIC)
+def test_public_names(module: str) -> None:
+    found = importlib.import_module(module)
+    assert set(PUBLIC[module]) <= set(found.__all__)
+    for name in found.__all__:
+        assert getattr(found, name).__doc__, f"{module}.{name} has no docstring"
+
+
+def test_the_top_offers_exactly_this() -> None:
+    assert list(importlib.import_module("deltanet").__all__) == PUBLIC["deltanet"]
+
+
+def test_signature_of_the_operator() -> None:
+    """Code written for fla runs by changing the import: its argument names, in its order (fla 0.6.0)."""
+    from deltanet import chunk_delta_rule, recurrent_delta_rule
+
+    names = list(inspect.signature(chunk_delta_rule).parameters)
+    assert names[:4] == ["q", "k", "v", "beta"]
+    assert {"scale", "initial_state", "output_final_state", "cu_seqlens"} <= set(names)
+    assert list(inspect.signature(recurrent_delta_rule).parameters) == names
+
+
+def test_cold_import_needs_torch_alone() -> None:
+    """In a fresh interpreter: no Triton, no transformers, no GPU context, nothing from the rooms above the models."""
+    code = (
+        "import sys, deltanet, torch\n"
+        "heavy = {'triton', 'transformers', 'matplotlib', 'tyro', 'rich', 'deltanet.training', 'deltanet.data', 'deltanet.cli'}\n"
+        "print(sorted(heavy & set(sys.modules)), torch.cuda.is_initialized())"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.strip() == "[] False"
