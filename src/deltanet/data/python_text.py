@@ -25,7 +25,7 @@ def versions() -> str:
 def collect(kind: Literal["docstrings", "source"], folder: Path) -> Path:
     """A .jsonl file in `folder` with one document per Python file: its docstrings in order, or its source.
 
-    About 14 MB of docstrings (collecting them takes up to a minute) or 80 MB of source, without tests. The file is made
+    About 14 MB of docstrings (collecting them takes about half a minute) or 80 MB of source, without tests. The file is made
     once for these versions and found again later.
     """
     target = folder / f"python-{kind}-{hashlib.sha256(versions().encode()).hexdigest()[:8]}.jsonl"
