@@ -1,10 +1,12 @@
 """The public operator: gradients, tracing, laws of sequences, and everything that it refuses at the door."""
 
 import re
+from contextlib import nullcontext
 
 import pytest
 import torch
 from support import make_inputs, relative_error
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from deltanet.ops import BackendError, check_values, chunk_delta_rule, explain, recurrent_delta_rule
 from deltanet.ops import autograd as operator
@@ -50,6 +52,29 @@ def test_opcheck(algorithm: str, gate: float | None, lengths: list[int] | None, 
     args = [leaves.get(n) for n in ("q", "k", "v", "beta", "g")]
     args += [0.5, leaves.get("initial_state"), x.cu_seqlens, True, save, algorithm, "reference"]
     torch.library.opcheck(operator._delta_rule, args)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_registered_and_eager_are_the_same_bits(rule) -> None:
+    """Under a dispatch mode the call goes through the registered operator, and the mode sees it as one."""
+    seen = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    x = make_inputs(gate=0.1, state=True)
+    leaves = x.leaves()
+    results = []
+    for mode in (nullcontext(), Watch()):
+        with mode:
+            o, state = rule(**leaves, output_final_state=True)
+            grads = torch.autograd.grad([o, state], list(leaves.values()), [x.do, x.dfinal_state])
+        results.append([o, state, *grads])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert seen.count("deltanet.delta_rule.default") == 1
+    assert seen.count("deltanet.delta_rule_backward.default") == 1
 
 
 def test_compiles_whole() -> None:

@@ -4,6 +4,7 @@ Triton is imported when an operator runs, never before: on a machine without it 
 """
 
 import sys
+from functools import cache
 from importlib import metadata, util
 from typing import Any
 
@@ -17,11 +18,8 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 def refuse(problem: Problem) -> str | None:
     """None when the family can run `problem`, else what is missing and what to do."""
-    if util.find_spec("triton") is None:
-        return "Triton is not installed: pip install 'triton>=3.6'"
-    version = metadata.version("triton")
-    if tuple(int(part) for part in version.split(".")[:2]) < OLDEST:
-        return f"Triton {version} is too old: pip install 'triton>=3.6'"
+    if (missing := _missing()) is not None:
+        return missing
     if problem.device != "cuda" and not _interpreting():
         return f"it needs a CUDA GPU, and the tensors are on {problem.device}: move them, or pass backend='reference'"
     if problem.capability is not None and problem.capability < (8, 0):
@@ -34,6 +32,17 @@ def refuse(problem: Problem) -> str | None:
             return f"{name} must be 16 to 256, got {dim}: use more or fewer heads, or pass backend='reference'"
     if problem.value_heads > 65_535:
         return f"it runs up to 65535 value heads, got {problem.value_heads}: pass backend='reference'"
+    return None
+
+
+@cache
+def _missing() -> str | None:
+    """What the installation lacks. Asked once: looking a package up takes longer than launching a kernel."""
+    if util.find_spec("triton") is None:
+        return "Triton is not installed: pip install 'triton>=3.6'"
+    version = metadata.version("triton")
+    if tuple(int(part) for part in version.split(".")[:2]) < OLDEST:
+        return f"Triton {version} is too old: pip install 'triton>=3.6'"
     return None
 
 
