@@ -15,19 +15,19 @@ import triton.language as tl
 from deltanet.kernels.triton.tiles import CHUNK, decay_between, find_part
 
 
-@triton.jit(do_not_specialize=["T", "N", "steps", "x_head", "scale", "inverse_scale"])
+@triton.jit(do_not_specialize=["T", "N", "steps", "tokens", "scale", "inverse_scale"])
 def state_gradient(
     q,  # [tokens, H, K]
     k,  # [tokens, H, K]
     do,  # [tokens, HV, V]
     E,  # [tokens, HV, V]
-    beta,  # [tokens, HV]
-    G,  # [tokens, HV] fp32, gated only
+    strength,  # [HV, tokens] fp32: beta
+    G,  # [HV, tokens] fp32, gated only
     X,  # [HV, tokens * 48]
     X_low,  # the same, REST only
     dfinal,  # [segments, HV, K, V] fp32, FINAL only
     dv,  # [tokens, HV, V] out, OUTPUT only
-    dbeta,  # [tiles of V, tokens, HV] fp32 out, OUTPUT only: partial sums
+    partial,  # [tiles of V, HV, tokens] fp32 out, OUTPUT only: the sums over a tile that make dbeta
     D,  # [slots, HV, V, K] out: D / scale between chunks c and c + 1, in the slot of c + 1. BORROW: dq, rows 0..63 of V
     D_high,  # BORROW: dk, rows 64..127 of V; D of a chunk lies where its dq and dk will be written
     dinitial,  # [segments, HV, K, V] fp32 out, INITIAL only
@@ -35,7 +35,7 @@ def state_gradient(
     N,
     steps,
     T,
-    x_head,
+    tokens,
     scale,
     inverse_scale,
     H: tl.constexpr,
@@ -91,15 +91,12 @@ def state_gradient(
     do += (begin * HV + head) * V
     E += (begin * HV + head) * V
     dv += (begin * HV + head) * V
-    beta += begin * HV + head
-    G += begin * HV + head
-    X += head * x_head.to(tl.int64) + begin * 48
-    X_low += head * x_head.to(tl.int64) + begin * 48
-    if PACKED:
-        total = tl.load(cu_seqlens + N).to(tl.int64)
-    else:
-        total = N.to(tl.int64) * T
-    dbeta += (tile * total + begin) * HV + head
+    along = head.to(tl.int64) * tokens + begin
+    strength += along
+    G += along
+    X += along * 48
+    X_low += along * 48
+    partial += (tile * HV + head) * tokens.to(tl.int64) + begin
     if BORROW:
         D = tl.where((tile * BV) // CHUNK == 0, D, D_high) + (begin * H + head) * K
     x_at = tl.where(t < 32, t * 32, t * 64 - 1024)[:, None] + t[None, :]
@@ -115,7 +112,7 @@ def state_gradient(
         keys = tl.load(k + row[:, None] * (H * K) + d[None, :], mask=in_keys, other=0.0)
         queries = tl.load(q + row[:, None] * (H * K) + d[None, :], mask=in_keys, other=0.0)
         douts = tl.load(do + row[:, None] * (HV * V) + e[None, :], mask=in_values, other=0.0)
-        b = tl.load(beta + row * HV, mask=valid, other=0.0).to(tl.float32)
+        b = tl.load(strength + row, mask=valid, other=0.0)
         Db = Dt.to(keys.dtype)
         if OUTPUT:
             # the end of the sequence needs no slot: it is the given dfinal, or zero
@@ -126,8 +123,8 @@ def state_gradient(
                 at_slot = ((tokens_before // CHUNK + c) * HV + head) * (K * V) + e[:, None] * K + d[None, :]
             tl.store(D + at_slot, Db, mask=keep)
         if GATED:
-            last = tl.load(G + (tl.minimum(length, (c + 1) * CHUNK) - 1).to(tl.int64) * HV)
-            Gc = tl.where(valid, tl.load(G + row * HV, mask=valid, other=0.0), last)
+            last = tl.load(G + tl.minimum(length, (c + 1) * CHUNK) - 1)
+            Gc = tl.where(valid, tl.load(G + row, mask=valid, other=0.0), last)
 
         P = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
         Gt = tl.dot(Db, tl.trans(keys), input_precision=PRECISION)
@@ -149,7 +146,7 @@ def state_gradient(
         dW = Ht * b[None, :]
         if OUTPUT:
             errors = tl.load(E + row[:, None] * (HV * V) + e[None, :], mask=in_values, other=0.0)
-            tl.store(dbeta + row * HV, tl.sum(tl.trans(errors).to(tl.float32) * Ht, 0) * scale, mask=valid)
+            tl.store(partial + row, tl.sum(tl.trans(errors).to(tl.float32) * Ht, 0) * scale, mask=valid)
             at = row[None, :] * (HV * V) + e[:, None]
             tl.store(dv + at, (dW * scale).to(dv.dtype.element_ty), mask=valid[None, :] & in_v[:, None])
         if GATED:

@@ -14,13 +14,13 @@ import triton.language as tl
 from deltanet.kernels.triton.tiles import CHUNK, decay_between, find_part
 
 
-@triton.jit(do_not_specialize=["T", "N", "steps", "x_head", "scale"])
+@triton.jit(do_not_specialize=["T", "N", "steps", "tokens", "scale"])
 def forward(
     q,  # [tokens, H, K]
     k,  # [tokens, H, K]
     v,  # [tokens, HV, V]; unused when TRANSITION
-    beta,  # [tokens, HV]
-    G,  # [tokens, HV] fp32, gated only
+    strength,  # [HV, tokens] fp32: beta
+    G,  # [HV, tokens] fp32, gated only
     X,  # [HV, tokens * 48]
     X_low,  # the same, REST only
     initial,  # [segments, HV, K, V] fp32, INITIAL only
@@ -32,7 +32,7 @@ def forward(
     N,
     steps,
     T,
-    x_head,
+    tokens,
     scale,
     H: tl.constexpr,
     HV: tl.constexpr,
@@ -93,10 +93,11 @@ def forward(
     v += (begin * HV + head) * V
     o += (begin * HV + head) * V
     E += (begin * HV + head) * V
-    beta += begin * HV + head
-    G += begin * HV + head
-    X += head * x_head.to(tl.int64) + begin * 48
-    X_low += head * x_head.to(tl.int64) + begin * 48
+    along = head.to(tl.int64) * tokens + begin
+    strength += along
+    G += along
+    X += along * 48
+    X_low += along * 48
     slot = begin // CHUNK - 1
     length = (end - begin).to(tl.int32)
     x_at = tl.where(t < 32, t * 32, t * 64 - 1024)[:, None] + t[None, :]
@@ -107,15 +108,15 @@ def forward(
         valid = row < length
         row = row.to(tl.int64)
         keys = tl.load(k + row[:, None] * (H * K) + d[None, :], mask=valid[:, None] & in_k[None, :], other=0.0)
-        b = tl.load(beta + row * HV, mask=valid, other=0.0).to(tl.float32)
+        b = tl.load(strength + row, mask=valid, other=0.0)
         Sb = St.to(keys.dtype)
         if SAVE_S:
             at_slot = ((slot + c) * HV + head) * (K * V)
             keep = in_v[:, None] & in_k[None, :] & (c + c_from > 0)
             tl.store(S + at_slot + e[:, None] * K + d[None, :], Sb, mask=keep)
         if GATED:
-            last = tl.load(G + (tl.minimum(length, (c + 1) * CHUNK) - 1).to(tl.int64) * HV)
-            Gc = tl.where(valid, tl.load(G + row * HV, mask=valid, other=0.0), last)
+            last = tl.load(G + tl.minimum(length, (c + 1) * CHUNK) - 1)
+            Gc = tl.where(valid, tl.load(G + row, mask=valid, other=0.0), last)
 
         if REPLAY:
             errors = tl.load(E + row[:, None] * (HV * V) + e[None, :], mask=valid[:, None] & in_v[None, :], other=0.0)

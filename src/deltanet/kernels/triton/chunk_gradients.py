@@ -19,21 +19,21 @@ import triton.language as tl
 from deltanet.kernels.triton.tiles import CHUNK, decay_between, find_part
 
 
-@triton.jit(do_not_specialize=["T", "N", "steps", "scale", "inverse_scale"])
+@triton.jit(do_not_specialize=["T", "N", "steps", "tokens", "scale", "inverse_scale"])
 def gradients(
     q,  # [tokens, H, K]
     k,  # [tokens, H, K]
     do,  # [tokens, HV, V]
     E,  # [tokens, HV, V]
     dv,  # [tokens, HV, V]
-    beta,  # [tokens, HV]
-    G,  # [tokens, HV] fp32, gated only
+    strength,  # [HV, tokens] fp32: beta
+    G,  # [HV, tokens] fp32, gated only
     S,  # [slots, HV, V, K]
     D,  # [slots, HV, V, K], or borrowed: dq, rows 0..63 of V
     D_high,  # borrowed: dk, rows 64..127 of V
     initial,  # [N, HV, K, V] fp32, INITIAL only
     dfinal,  # [N, HV, K, V] fp32, FINAL only
-    partial,  # [tiles of V, tokens, HV] fp32: partial sums of dbeta
+    partial,  # [tiles of V, HV, tokens] fp32: partial sums of dbeta
     dq,  # [tokens, H, K] out
     dk,  # [tokens, H, K] out
     dbeta,  # [tokens, HV] out
@@ -42,6 +42,7 @@ def gradients(
     N,
     steps,
     T,
+    tokens,
     scale,
     inverse_scale,
     H: tl.constexpr,
@@ -68,11 +69,6 @@ def gradients(
     first = begin + chunk * CHUNK
     if first >= end:
         return
-    if PACKED:
-        total = tl.load(cu_seqlens + N).to(tl.int64)
-    else:
-        total = N.to(tl.int64) * T
-
     rows = tl.minimum(end - first, CHUNK).to(tl.int32)
     is_first = chunk == 0
     is_last = first + CHUNK >= end
@@ -91,12 +87,13 @@ def gradients(
     dk_sum = tl.zeros([CHUNK, BK], tl.float32)
     for member in range(GROUP):
         head = key_head * GROUP + member
-        b = tl.load(beta + (first + t) * HV + head, mask=valid, other=0.0).to(tl.float32)
+        along = head.to(tl.int64) * tokens + first
+        b = tl.load(strength + along + t, mask=valid, other=0.0)
         at_values = (first * HV + head) * V + t[:, None] * (HV * V)
         at_state = (sequence.to(tl.int64) * HV + head) * (K * V)
         if GATED:
-            last = tl.load(G + (first + rows - 1) * HV + head)
-            Gc = tl.where(valid, tl.load(G + (first + t) * HV + head, mask=valid, other=0.0), last)
+            last = tl.load(G + along + rows - 1)
+            Gc = tl.where(valid, tl.load(G + along + t, mask=valid, other=0.0), last)
             into = tl.math.exp2(Gc)  # decay from the chunk's start to each token
             onward = tl.math.exp2(last - Gc)  # and from each token to the chunk's end
             overlap = 0.0
@@ -208,7 +205,7 @@ def gradients(
             dG = tl.sum(M, 1) - tl.sum(M, 0) + by_queries - by_keys - by_new
             through = tl.sum(by_new, 0) + tl.math.exp2(last) * scale * overlap
             dg_rows = tl.cumsum(dG, 0, reverse=True) + through
-            tl.store(dg + (key_tile * total + first + t) * HV + head, dg_rows, mask=valid)
+            tl.store(dg + (key_tile * tokens.to(tl.int64) + first + t) * HV + head, dg_rows, mask=valid)
         else:
             dP = tl.where(keep, dP, 0.0)
         dq_acc = tl.dot(dP.to(keys.dtype), keys, dq_acc, input_precision=PRECISION)
@@ -217,7 +214,7 @@ def gradients(
         if key_tile == 0:
             db = tl.zeros([CHUNK], tl.float32)
             for i in range(PARTIALS):
-                db += tl.load(partial + (i * total + first + t) * HV + head, mask=valid, other=0.0)
+                db += tl.load(partial + i * (tokens.to(tl.int64) * HV) + along + t, mask=valid, other=0.0)
             tl.store(dbeta + (first + t) * HV + head, db.to(dbeta.dtype.element_ty), mask=valid)
 
     if not (APART and GROUP == 1):

@@ -15,7 +15,7 @@ tf32x3 costs, and safe because the values are bounded.
 import triton
 import triton.language as tl
 
-from deltanet.kernels.triton.tiles import CHUNK, decay_between, find_part
+from deltanet.kernels.triton.tiles import CHUNK, find_part
 
 
 @triton.jit
@@ -29,7 +29,7 @@ def product(a, b):
 
 
 @triton.jit
-def columns_then_rows(x):
+def apart(x):
     """[n, r, c] -> [n / 2, r, c] twice: the even blocks and the odd."""
     x = tl.reshape(x, [x.shape[0] // 2, 2, x.shape[1], x.shape[2]])
     return tl.split(tl.permute(x, [0, 2, 3, 1]))
@@ -49,26 +49,138 @@ def below(a, b):
     return tl.reshape(x, [a.shape[0], 2 * a.shape[1], a.shape[2]])
 
 
-@triton.jit(do_not_specialize=["T", "N", "steps", "x_head"])
+@triton.jit
+def inner_products(
+    k, G, rows, BLOCKS: tl.constexpr, SIZE: tl.constexpr, STEP: tl.constexpr, SHIFT: tl.constexpr, WIDTH: tl.constexpr,
+    H: tl.constexpr, K: tl.constexpr, GATED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """[BLOCKS, SIZE, SIZE]: decayed products of keys STEP n + SHIFT + i and STEP n + j, for block n."""
+    high = tl.arange(0, BLOCKS)[:, None, None] * STEP + SHIFT + tl.arange(0, SIZE)[None, :, None]
+    low = tl.arange(0, BLOCKS)[:, None, None] * STEP + tl.arange(0, SIZE)[None, :, None]
+    out = tl.zeros([BLOCKS, SIZE, SIZE], tl.float32)
+    for i in range(0, K, WIDTH):
+        d = i + tl.arange(0, WIDTH)[None, None, :]
+        a = tl.load(k + high * (H * K) + d, mask=(high < rows) & (d < K), other=0.0)
+        b = a if SHIFT == 0 else tl.load(k + low * (H * K) + d, mask=(low < rows) & (d < K), other=0.0)
+        out = tl.dot(a, tl.permute(b, [0, 2, 1]), out, input_precision=PRECISION)
+    if GATED:
+        at = tl.arange(0, BLOCKS)[:, None, None] * STEP + tl.arange(0, SIZE)[None, None, :]
+        G_high = tl.load(G + high, mask=high < rows, other=0.0)
+        G_low = tl.load(G + at, mask=at < rows, other=0.0)
+        out *= tl.math.exp2(-tl.abs(G_high - G_low))  # G falls, so below the diagonal this is the decay; above, its mirror
+    return out
+
+
+@triton.jit
+def inner_products_64(k, G, rows, WIDTH: tl.constexpr, H: tl.constexpr, K: tl.constexpr, GATED: tl.constexpr, PRECISION: tl.constexpr):
+    """[32, 32]: decayed products of keys 32 + i and j. A batch of one would have every warp do the same work, so no batch."""
+    low = tl.arange(0, 32)[:, None]
+    out = tl.zeros([32, 32], tl.float32)
+    for i in range(0, K, WIDTH):
+        d = i + tl.arange(0, WIDTH)[None, :]
+        a = tl.load(k + (32 + low) * (H * K) + d, mask=(32 + low < rows) & (d < K), other=0.0)
+        b = tl.load(k + low * (H * K) + d, mask=(low < rows) & (d < K), other=0.0)
+        out = tl.dot(a, tl.trans(b), out, input_precision=PRECISION)
+    if GATED:
+        at = tl.arange(0, 32)[None, :]
+        out *= tl.math.exp2(-tl.abs(tl.load(G + 32 + low, mask=32 + low < rows, other=0.0) - tl.load(G + at, mask=at < rows, other=0.0)))
+    return out
+
+
+@triton.jit
+def by_series(L16, br, bc):
+    """X of 16 x 16 blocks: the series on their 8 x 8 blocks by doubling, then one level of merging."""
+    r16, c16 = tl.arange(0, 16)[None, :, None], tl.arange(0, 16)[None, None, :]
+    L8 = tl.where(r16 // 8 == c16 // 8, L16, 0.0)
+    L_2 = product(L8 * bc, L8)  # N L, so N^2 = N L diag(beta)
+    X8 = L8 - L_2
+    L_4 = product(L_2 * bc, L_2)
+    X8 += product(L_2 * bc, X8)
+    X8 += product(L_4 * bc, X8)
+    left = L16 - L8
+    left -= product(left, br * X8)
+    return X8 + left - product(X8 * bc, left)
+
+
+@triton.jit
+def four_apart(x):
+    """[n, m, 4] -> its four columns."""
+    even, odd = tl.split(tl.reshape(x, [x.shape[0], x.shape[1], 2, 2]))
+    a, c = tl.split(even)
+    b, d = tl.split(odd)
+    return a, b, c, d
+
+
+@triton.jit
+def by_columns(K16, scratch, beta, rows, HV: tl.constexpr):
+    """X of 16 x 16 blocks by forward substitution, a column a thread; the coefficients of a row come from memory, four at a time.
+
+    K16 is K K^T with its upper half, which by symmetry hands each thread its own column as a row.
+    """
+    block, r16, c16 = tl.arange(0, 4)[:, None, None] * 16, tl.arange(0, 16)[None, :, None], tl.arange(0, 16)[None, None, :]
+    tl.store(scratch + (block + r16) * 16 + c16, K16, mask=block + r16 < rows)
+    tl.debug_barrier()
+    column = tl.arange(0, 16)[None, :, None]
+    by4 = tl.arange(0, 4)[None, None, :]
+    b2 = tl.arange(0, 4)[:, None] * 16
+    col = tl.arange(0, 16)[None, :]
+    own = ()
+    for m in tl.static_range(4):
+        own = own + four_apart(tl.load(scratch + (block + column) * 16 + m * 4 + by4, mask=block + column + by4 * 0 < rows, other=0.0))
+    xs = ()
+    ys = ()
+    for i in tl.static_range(16):
+        x = tl.where(i > col, own[i], 0.0)
+        for m in tl.static_range((i + 3) // 4):
+            at = scratch + (block + i) * 16 + m * 4 + by4 + column * 0
+            c = four_apart(tl.load(at, mask=block + i + column * 0 + by4 * 0 < rows, other=0.0))
+            for j in tl.static_range(4):
+                if m * 4 + j < i:
+                    x -= c[j] * ys[m * 4 + j]
+        b = tl.load(beta + (b2 + i + col * 0) * HV, mask=b2 + i + col * 0 < rows, other=0.0).to(tl.float32)
+        xs = xs + (x,)
+        ys = ys + (x * b,)
+    tl.debug_barrier()  # the scratch is where X will be written
+    return tl.permute(gather16(xs), [0, 2, 1])
+
+
+@triton.jit
+def gather16(xs):
+    """16 tensors [n, m] -> [n, m, 16]."""
+    a = ()
+    for i in tl.static_range(8):
+        a = a + (tl.join(xs[i], xs[i + 8]),)
+    b = ()
+    for i in tl.static_range(4):
+        b = b + (tl.join(a[i], a[i + 4]),)
+    lower = tl.join(b[0], b[2])
+    upper = tl.join(b[1], b[3])
+    return tl.reshape(tl.join(lower, upper), [xs[0].shape[0], xs[0].shape[1], 16])
+
+
+@triton.jit(do_not_specialize=["T", "N", "steps", "tokens"])
 def transform(
     k,  # [tokens, H, K]
     beta,  # [tokens, HV]
     g,  # [tokens, HV], gated only
-    G,  # [tokens, HV] fp32 out, gated only: the sum of g inside the chunk, in powers of two
+    strength,  # [HV, tokens] fp32 out: beta, side by side for the kernels that follow
+    G,  # [HV, tokens] fp32 out, gated only: the sum of g inside the chunk, in powers of two
     X,  # [HV, tokens * 48] out: of each chunk rows 0..31 as 32 columns, then rows 32..63 as 64
     X_low,  # the same shape: what rounding X left over (REST only)
     cu_seqlens,
     N,
     steps,
     T,
-    x_head,  # tokens * 48
+    tokens,
     H: tl.constexpr,
     HV: tl.constexpr,
     K: tl.constexpr,
-    BK: tl.constexpr,
     PACKED: tl.constexpr,
     GATED: tl.constexpr,
     REST: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    LATE: tl.constexpr,
+    WIDTH: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     place = tl.program_id(0)
@@ -80,77 +192,51 @@ def transform(
     rows = tl.minimum(end - first, CHUNK).to(tl.int32)
     k += (first * H + head // (HV // H)) * K
     beta += first * HV + head
+    along = head.to(tl.int64) * tokens + first
+    t = tl.arange(0, CHUNK)
+    tl.store(strength + along + t, tl.load(beta + t * HV, mask=t < rows, other=0.0).to(tl.float32), mask=t < rows)
 
-    # indices of the three levels: 4 blocks of 16, 2 pairs of 16, 1 pair of 32
+    G += along
+    if GATED:
+        steps_g = tl.load(g + (first + t) * HV + head, mask=t < rows, other=0.0).to(tl.float32) * 1.4426950408889634
+        tl.store(G + t, tl.cumsum(steps_g, 0), mask=t < rows)
+        tl.debug_barrier()  # read back below, by other threads
+
     four, two = tl.arange(0, 4)[:, None, None] * 16, tl.arange(0, 2)[:, None, None] * 32
     r16, c16 = tl.arange(0, 16)[None, :, None], tl.arange(0, 16)[None, None, :]
     r32, c32 = tl.arange(0, 32)[:, None], tl.arange(0, 32)[None, :]
-    L16 = tl.zeros([4, 16, 16], tl.float32)
-    L32 = tl.zeros([2, 16, 16], tl.float32)
-    L64 = tl.zeros([32, 32], tl.float32)
-    for i in range(0, BK, 64 if BK > 64 else BK):
-        width: tl.constexpr = 64 if BK > 64 else BK
-        d3 = i + tl.arange(0, width)[None, None, :]
-        d2 = i + tl.arange(0, width)[None, :]
-        k16 = tl.load(k + (four + r16) * (H * K) + d3, mask=(four + r16 < rows) & (d3 < K), other=0.0)
-        k_even = tl.load(k + (two + r16) * (H * K) + d3, mask=(two + r16 < rows) & (d3 < K), other=0.0)
-        k_odd = tl.load(k + (two + 16 + r16) * (H * K) + d3, mask=(two + 16 + r16 < rows) & (d3 < K), other=0.0)
-        k_top = tl.load(k + r32 * (H * K) + d2, mask=(r32 < rows) & (d2 < K), other=0.0)
-        k_bottom = tl.load(k + (r32 + 32) * (H * K) + d2, mask=(r32 + 32 < rows) & (d2 < K), other=0.0)
-        L16 = tl.dot(k16, tl.permute(k16, [0, 2, 1]), L16, input_precision=PRECISION)
-        L32 = tl.dot(k_odd, tl.permute(k_even, [0, 2, 1]), L32, input_precision=PRECISION)
-        L64 = tl.dot(k_bottom, tl.trans(k_top), L64, input_precision=PRECISION)
-    L16 = tl.where(r16 > c16, L16, 0.0)
-
-    if GATED:
-        # the sum runs over the whole chunk at once; the levels read it back from memory, each in its own layout
-        t = tl.arange(0, CHUNK)
-        steps_g = tl.load(g + (first + t) * HV + head, mask=t < rows, other=0.0).to(tl.float32) * 1.4426950408889634
-        G += first * HV + head
-        tl.store(G + t * HV, tl.cumsum(steps_g, 0), mask=t < rows)
-        tl.debug_barrier()
-        last = tl.load(G + (rows - 1) * HV)
-        Gr = tl.load(G + (four + r16) * HV, mask=four + r16 < rows, other=0.0) + tl.where(four + r16 < rows, 0.0, last)
-        Gc = tl.load(G + (four + c16) * HV, mask=four + c16 < rows, other=0.0) + tl.where(four + c16 < rows, 0.0, last)
-        L16 *= decay_between(Gr, Gc, r16 > c16)
-        Gr = tl.load(G + (two + 16 + r16) * HV, mask=two + 16 + r16 < rows, other=0.0)
-        Gc = tl.load(G + (two + c16) * HV, mask=two + c16 < rows, other=0.0)
-        L32 *= decay_between(Gr, Gc, two + 16 + r16 + c16 * 0 < rows)
-        Gr = tl.load(G + (32 + r32) * HV, mask=32 + r32 < rows, other=0.0)
-        Gc = tl.load(G + c32 * HV, mask=c32 < rows, other=0.0)
-        L64 *= decay_between(Gr, Gc, 32 + r32 + c32 * 0 < rows)
-
-    # 8 x 8 blocks by doubling, then 16 x 16
+    L16 = inner_products(k, G, rows, 4, 16, 16, 0, WIDTH, H, K, GATED, PRECISION)
+    if not LATE:
+        L32 = inner_products(k, G, rows, 2, 16, 32, 16, WIDTH, H, K, GATED, PRECISION)
+        L64 = inner_products_64(k, G, rows, WIDTH, H, K, GATED, PRECISION)
     br = tl.load(beta + (four + r16) * HV, mask=four + r16 < rows, other=0.0).to(tl.float32)
     bc = tl.load(beta + (four + c16) * HV, mask=four + c16 < rows, other=0.0).to(tl.float32)
-    L8 = tl.where(r16 // 8 == c16 // 8, L16, 0.0)
-    L_2 = product(L8 * bc, L8)  # N L, so N^2 = N L diag(beta)
-    X8 = L8 - L_2
-    L_4 = product(L_2 * bc, L_2)
-    X8 += product(L_2 * bc, X8)
-    X8 += product(L_4 * bc, X8)
-    left = L16 - L8
-    left -= product(left, br * X8)
-    X16 = X8 + left - product(X8 * bc, left)
+    if COLUMNS:
+        X16 = by_columns(L16, (X + along * 48).to(tl.pointer_type(tl.float32)), beta, rows, HV)
+    else:
+        X16 = by_series(tl.where(r16 > c16, L16, 0.0), br, bc)
 
     # 32 x 32
+    if LATE:
+        L32 = inner_products(k, G, rows, 2, 16, 32, 16, WIDTH, H, K, GATED, PRECISION)
     br = tl.load(beta + (two + r16) * HV, mask=two + r16 < rows, other=0.0).to(tl.float32)
     bc = tl.load(beta + (two + 16 + c16) * HV, mask=two + 16 + c16 < rows, other=0.0).to(tl.float32)
-    X_even, X_odd = columns_then_rows(X16)
+    X_even, X_odd = apart(X16)
     L32 -= product(L32, br * X_even)
     L32 -= product(X_odd * bc, L32)
     X32 = below(beside(X_even, tl.zeros([2, 16, 16], tl.float32)), beside(L32, X_odd))
 
     # 64 x 64
+    if LATE:
+        L64 = inner_products_64(k, G, rows, WIDTH, H, K, GATED, PRECISION)
     br = tl.load(beta + r32 * HV, mask=r32 < rows, other=0.0).to(tl.float32)
     bc = tl.load(beta + (32 + c32) * HV, mask=32 + c32 < rows, other=0.0).to(tl.float32)
     X_top, X_bottom = tl.split(tl.permute(X32, [1, 2, 0]))
     L64 -= product(L64, br * X_top)
     L64 -= product(X_bottom * bc, L64)
 
-    at = head * x_head.to(tl.int64) + first * 48
-    X += at
-    X_low += at
+    X += along * 48
+    X_low += along * 48
     store(X, X_low, r32 * 32 + c32, X_top, r32 < rows, REST)
     store(X, X_low, 1024 + r32 * 64 + c32, L64, r32 + 32 < rows, REST)
     store(X, X_low, 1056 + r32 * 64 + c32, X_bottom, r32 + 32 < rows, REST)
