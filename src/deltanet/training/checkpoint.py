@@ -9,22 +9,20 @@ import errno
 import hashlib
 import json
 import os
-import platform
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from deltanet.data import ByteTokenizer, Tokenizer
 from deltanet.models import LanguageModel
-from deltanet.training.config import RunConfig, config_from_dict, config_to_dict
+from deltanet.training.config import RunConfig, check_fields, config_from_dict, config_to_dict
 from deltanet.training.run_folder import replace_text
 
 FORMAT = "deltanet checkpoint"
@@ -62,7 +60,9 @@ class Checkpoint(NamedTuple):
     path: Path
     config: RunConfig
     progress: Progress
-    state: dict[str, Any]  # the rest of state.json: tokenizer, text, rng, versions
+    tokenizer: str  # its fingerprint
+    text: dict[str, str]  # hashes of the tokens of either side
+    surroundings: dict[str, Any]  # generators, threads, versions
     weights: dict[str, Tensor]
     optimizer: dict[str, Tensor]
 
@@ -71,24 +71,25 @@ def save_checkpoint(
     folder: Path,
     config: RunConfig,
     progress: Progress,
-    weights: Mapping[str, Tensor],
-    optimizer: Mapping[str, Tensor],
-    extra: Mapping[str, Any],
+    weights: dict[str, Tensor],
+    optimizer: dict[str, Tensor],
+    **rest: Any,
 ) -> Path:
     """Writes a checkpoint of `progress.step` into `folder` and returns its path once it is on the disk.
+
+    `rest` are the other fields of a `Checkpoint`, plain JSON.
 
     Raises CheckpointError where it cannot be written; then nothing of it is left, and what was there before still is.
     """
     path = folder / _name(progress.step)
     partial = folder / f"{path.name}.tmp-{os.getpid()}"
-    tensors = {WEIGHTS: _unshared(weights), OPTIMIZER: _unshared(optimizer)}
+    tensors = {WEIGHTS: weights, OPTIMIZER: optimizer}
     state = {
         "format": FORMAT,
         "version": VERSION,
         "config": config_to_dict(config),
         "progress": vars(progress),
-        "versions": {"deltanet": version("deltanet"), "torch": torch.__version__, "python": platform.python_version()},
-        **extra,
+        **rest,
     }
     needed = sum(tensor.nbytes for part in tensors.values() for tensor in part.values()) + SLACK
     try:
@@ -136,9 +137,12 @@ def read_checkpoint(path: Path) -> Checkpoint:
                 f"'{path}' must have format version {VERSION} or older, got {state['version']}: upgrade deltanet"
             )
         config, progress = config_from_dict(state.pop("config")), Progress(**state.pop("progress"))
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{STATE} must be of a {FORMAT}, got {error!r}") from None
-    return Checkpoint(path, config, progress, state, load_file(path / WEIGHTS), load_file(path / OPTIMIZER))
+        check_fields(progress, step=(0, 1 << 62), position=(0, 1 << 62))
+        tokenizer, text, surroundings = (state[name] for name in ("tokenizer", "text", "surroundings"))
+        weights, optimizer = load_file(path / WEIGHTS), load_file(path / OPTIMIZER)
+    except (KeyError, TypeError, ValueError, SafetensorError) as error:
+        raise CheckpointError(f"it must be a {FORMAT}, got {error!r}") from None
+    return Checkpoint(path, config, progress, tokenizer, text, surroundings, weights, optimizer)
 
 
 def newest_checkpoint(folder: Path, reject: Callable[[Path, str], None]) -> Checkpoint | None:
@@ -226,14 +230,23 @@ def load_model(
             )
         checkpoint = read_checkpoint(path)
     check_tokenizer(checkpoint, ByteTokenizer())
+    with torch.device("meta"):
+        check_weights(LanguageModel(checkpoint.config.model), checkpoint)  # before anything of that size is allocated
     model = LanguageModel(checkpoint.config.model, backend=backend)
     load_weights(model, checkpoint)
     return Trained(model.to(device), ByteTokenizer(), checkpoint.config, checkpoint.progress.step, tuple(rejected))
 
 
-def load_weights(model: LanguageModel, checkpoint: Checkpoint) -> None:
-    """Fills `model` from the checkpoint. CheckpointError lists the first tensors that do not fit."""
-    expected = {name: list(tensor.shape) for name, tensor in _unshared(model.state_dict()).items()}
+def weights_of(model: nn.Module) -> dict[str, Tensor]:
+    """All that a model has learned, once each: of tied weights only the first name."""
+    names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    second_names = names - {name for name, _ in model.named_parameters()}
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in second_names}
+
+
+def check_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
+    """CheckpointError, listing the first that differ, if the checkpoint holds other tensors than `model`."""
+    expected = {name: list(tensor.shape) for name, tensor in weights_of(model).items()}
     found = {name: list(tensor.shape) for name, tensor in checkpoint.weights.items()}
     different = [name for name in sorted(expected | found) if expected.get(name) != found.get(name)]
     if different:
@@ -243,15 +256,19 @@ def load_weights(model: LanguageModel, checkpoint: Checkpoint) -> None:
             f"'{checkpoint.path}' must hold the weights of this model, but expected {'; '.join(lines)}{more}: "
             "use the model that it was saved from"
         )
-    model.load_state_dict(checkpoint.weights, strict=False)  # strict but for tied names, which were checked above
+
+
+def load_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
+    """Fills `model` from the checkpoint, which must be of such a model."""
+    check_weights(model, checkpoint)
+    model.load_state_dict(checkpoint.weights, strict=False)  # second names of tied weights are not in the checkpoint
 
 
 def check_tokenizer(checkpoint: Checkpoint, tokenizer: Tokenizer) -> None:
     """CheckpointError if the run was made with another tokenizer."""
-    found = checkpoint.state.get("tokenizer")
-    if found != tokenizer.fingerprint:
+    if checkpoint.tokenizer != tokenizer.fingerprint:
         raise CheckpointError(
-            f"'{checkpoint.path}' must be of the tokenizer {tokenizer.fingerprint[:12]}, got {str(found)[:12]}: "
+            f"'{checkpoint.path}' must be of the tokenizer {tokenizer.fingerprint[:12]}, got {checkpoint.tokenizer[:12]}: "
             "use the tokenizer that it was trained with"
         )
 
@@ -272,17 +289,6 @@ def _verify(path: Path) -> None:
             raise CheckpointError(f"{name} must have {size:,} bytes, got {found:,}: it is truncated or altered")
         if _sha256(path / name) != sha256:
             raise CheckpointError(f"{name} was altered after it was written: its sha256 differs")
-
-
-def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Without second names of the same tensor (a tied head), contiguous: what safetensors can hold."""
-    seen: set[int] = set()
-    unshared = {}
-    for name, tensor in tensors.items():
-        if tensor.data_ptr() not in seen or tensor.numel() == 0:
-            seen.add(tensor.data_ptr())
-            unshared[name] = tensor.detach().contiguous()
-    return unshared
 
 
 def _name(step: int) -> str:

@@ -10,8 +10,7 @@ import tomli_w
 
 from deltanet.models import ModelConfig, preset
 from deltanet.ops.backends import nearest
-
-NONE = "none"  # how TOML, which has no null, spells None where it is not the default
+from deltanet.training.run_folder import replace_text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,7 +180,7 @@ def read_config(path: str | Path) -> RunConfig:
 
 def write_config(path: Path, config: RunConfig) -> None:
     """Writes `config`, every field of it, so that `read_config` gives the same value."""
-    path.write_text(config_to_toml(config), encoding="utf-8")
+    replace_text(path, config_to_toml(config))
 
 
 def config_to_toml(config: RunConfig) -> str:
@@ -189,15 +188,10 @@ def config_to_toml(config: RunConfig) -> str:
 
 
 def config_to_dict(config: Any) -> dict[str, Any]:
-    """Plain tables, lists, strings and numbers. A default None is left out, any other None is "none"."""
+    """Plain tables, lists, strings and numbers. None, the default wherever it is allowed, is left out."""
     table: dict[str, Any] = {"kind": config.kind} if hasattr(type(config), "kind") else {}
-    for one in fields(config):
-        value = getattr(config, one.name)
-        if value is not None:
-            table[one.name] = _to_plain(value)
-        elif one.default is not None:
-            table[one.name] = NONE
-    return table
+    values = {one.name: getattr(config, one.name) for one in fields(config)}
+    return table | {name: _to_plain(value) for name, value in values.items() if value is not None}
 
 
 def config_from_dict(table: dict[str, Any]) -> RunConfig:
@@ -256,8 +250,6 @@ def _from_table(cls: Any, table: Any, where: str) -> Any:
 def _from_plain(hint: Any, value: Any, where: str) -> Any:
     """What TOML gives, as the field's type has it: tables become configs, lists tuples, whole numbers floats."""
     options = _options(hint)
-    if value == NONE and type(None) in options:
-        return None
     if isinstance(value, list):
         items = [get_args(option)[0] for option in options if get_origin(option) is tuple]
         return tuple(_from_plain(items[0], item, where) for item in value) if items else value
@@ -310,5 +302,5 @@ def _spell(option: Any) -> str:
         return " or ".join(map(repr, get_args(option)))
     if get_origin(option) is tuple:
         return "a list"
-    words = {int: "a whole number", float: "a number", bool: "true or false", str: "a string", type(None): "none"}
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "a string", type(None): "left out"}
     return words.get(option) or "a table"

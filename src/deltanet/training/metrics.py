@@ -1,7 +1,9 @@
 """What a run leaves to read: metrics.jsonl, samples, status.json; each is also told to the reporter."""
 
+import errno
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -29,8 +31,9 @@ class Journal:
         self._reporter.evaluation(evaluation)
 
     def sample(self, step: int, text: str) -> None:
-        self._run.samples.mkdir(exist_ok=True)
-        (self._run.samples / f"step-{step:08d}.txt").write_text(text, encoding="utf-8")
+        with unless_full():
+            self._run.samples.mkdir(exist_ok=True)
+            replace_text(self._run.samples / f"step-{step:08d}.txt", text)
         self._reporter.sample(text)
 
     def message(self, step: int, text: str) -> None:
@@ -38,13 +41,15 @@ class Journal:
         self._reporter.message(text)
 
     def saved(self, step: int, path: Path) -> None:
-        self._run.write_status("running", step=step, checkpoint=str(path))
+        with unless_full():
+            self._run.write_status("running", step=step, checkpoint=str(path))
 
     def nonfinite(self, step: int, loss: float, grad_norm: float, samples: list[int]) -> Path:
         """Notes which windows gave a loss or gradient that is not finite, and returns where."""
         values = {"step": step, "loss": str(loss), "grad_norm": str(grad_norm), "samples": samples}
         path = self._run.path / f"nonfinite-{step:08d}.json"
-        replace_text(path, json.dumps(values) + "\n")
+        with unless_full():
+            replace_text(path, json.dumps(values) + "\n")
         self._metrics.write("nonfinite", values)
         return path
 
@@ -58,7 +63,8 @@ class Journal:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._metrics.close()
         if error is not None:
-            self._run.write_status("failed", error=str(error) or type(error).__name__)
+            with unless_full():
+                self._run.write_status("failed", error=str(error) or type(error).__name__)
 
 
 class Metrics:
@@ -71,15 +77,27 @@ class Metrics:
     def __init__(self, path: Path, resumed_step: int) -> None:
         kept = [line for line in _lines(path) if line["step"] <= resumed_step] if resumed_step else []
         replace_text(path, "".join(json.dumps(line) + "\n" for line in kept))
-        self._file = path.open("a", encoding="utf-8")
+        self._file = path.open("ab", buffering=0)
+        self._unwritten = b""  # lines that a full disk has not taken yet
 
     def write(self, event: str, values: Mapping[str, Any]) -> None:
         """`values` must hold a "step" and nothing that is not finite."""
-        self._file.write(json.dumps({"event": event, **values}, allow_nan=False) + "\n")
-        self._file.flush()
+        self._unwritten += json.dumps({"event": event, **values}, allow_nan=False).encode() + b"\n"
+        with unless_full():
+            self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
 
     def close(self) -> None:
         self._file.close()
+
+
+@contextmanager
+def unless_full() -> Iterator[None]:
+    """Passes over what a full disk does not take: the record of a run can wait, and its training need not."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:

@@ -1,6 +1,7 @@
 """Going on where a run stopped: which checkpoint, whether it is the same run, and everything as it was."""
 
 import base64
+from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from deltanet.training.report import Reporter
 from deltanet.training.run_folder import RunFolder
 
 FIXED = ("model.", "data.context", "train.seed")  # what makes a run the same run; its text is compared by its tokens
+KEPT_BITS = ("deltanet", "torch", "threads")  # of the surroundings: with the same ones the bits are the same
 LISTED = 5  # differences named in an error
 
 
@@ -50,13 +52,21 @@ def find_checkpoint(run: RunFolder, config: RunConfig, reporter: Reporter) -> Ch
     reporter.message(f"resumed from step {checkpoint.progress.step}")
     if changed:
         reporter.message("changed since: " + "; ".join(f"{name} {change}" for name, change in changed.items()))
+    now = surroundings()
+    moved = [
+        f"{name} {then} -> {now[name]}"
+        for name, then in checkpoint.surroundings.items()
+        if name in KEPT_BITS and then != now[name]
+    ]
+    if moved:
+        reporter.message(f"other surroundings: {'; '.join(moved)}; the losses go on, but not to the last bit")
     return checkpoint
 
 
 def check_text(checkpoint: Checkpoint, tokenizer: Tokenizer, streams: Streams) -> None:
     """CheckpointError if the run was made of another text, or with another tokenizer."""
     check_tokenizer(checkpoint, tokenizer)
-    if checkpoint.state.get("text") != _text(streams):
+    if checkpoint.text != text_hashes(streams):
         raise CheckpointError(
             f"'{checkpoint.path}' must be gone on with on the text it was trained on, got other tokens: "
             "give the same text, or start in another folder"
@@ -67,24 +77,28 @@ def restore(checkpoint: Checkpoint, model: LanguageModel, optimizer: torch.optim
     """Fills weights, optimizer and generators, and returns where the run stands."""
     load_weights(model, checkpoint)
     load_optimizer(model, optimizer, checkpoint.optimizer)
-    generators = checkpoint.state["rng"]
+    generators = checkpoint.surroundings["rng"]
     torch.set_rng_state(_from_base64(generators["cpu"]))
     if "cuda" in generators and torch.cuda.is_available():
         torch.cuda.set_rng_state(_from_base64(generators["cuda"]))
     return checkpoint.progress
 
 
-def surroundings(tokenizer: Tokenizer, streams: Streams) -> dict[str, Any]:
-    """What a checkpoint keeps beside config, progress and tensors, for `check_text` and `restore`."""
+def surroundings() -> dict[str, Any]:
+    """What the bits of a run depend on, beside its config, text and tensors."""
     generators = {"cpu": _to_base64(torch.get_rng_state())}
     if torch.cuda.is_available():
         generators["cuda"] = _to_base64(torch.cuda.get_rng_state())
     return {
-        "tokenizer": tokenizer.fingerprint,
-        "text": _text(streams),
+        "deltanet": version("deltanet"),
+        "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "rng": generators,
     }
+
+
+def text_hashes(streams: Streams) -> dict[str, str]:
+    return {"train": streams.train.sha256, "validation": streams.validation.sha256}
 
 
 def differences(old: RunConfig, new: RunConfig) -> dict[str, str]:
@@ -102,10 +116,6 @@ def _flat(table: Any, prefix: str = "") -> dict[str, Any]:
         return {prefix[:-1]: table}
     items = table.items() if isinstance(table, dict) else enumerate(table)
     return {name: value for key, part in items for name, value in _flat(part, f"{prefix}{key}.").items()}
-
-
-def _text(streams: Streams) -> dict[str, str]:
-    return {"train": streams.train.sha256, "validation": streams.validation.sha256}
 
 
 def _to_base64(state: torch.Tensor) -> str:

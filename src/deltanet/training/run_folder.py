@@ -70,11 +70,15 @@ def open_run(path: Path) -> Iterator[RunFolder]:
 def replace_text(path: Path, text: str) -> None:
     """Writes `text` to `path` such that a reader, or a crash, sees the old or the new text and nothing between."""
     partial = path.with_name(path.name + ".tmp")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def _visible(path: Path) -> Iterator[Path]:

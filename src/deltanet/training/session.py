@@ -18,7 +18,7 @@ from deltanet.data import (
 from deltanet.evaluation import evaluate
 from deltanet.inference import Sampling, generate
 from deltanet.models import LanguageModel
-from deltanet.training.checkpoint import Progress, retain, save_checkpoint
+from deltanet.training.checkpoint import Progress, retain, save_checkpoint, weights_of
 from deltanet.training.clock import Clock
 from deltanet.training.config import RunConfig
 from deltanet.training.device import (
@@ -31,7 +31,7 @@ from deltanet.training.device import (
 )
 from deltanet.training.optimizer import build_optimizer, optimizer_tensors
 from deltanet.training.report import Evaluation, Header, Reporter
-from deltanet.training.resume import check_text, find_checkpoint, restore, surroundings
+from deltanet.training.resume import check_text, find_checkpoint, restore, surroundings, text_hashes
 from deltanet.training.run_folder import RunFolder
 
 SAMPLING = Sampling(temperature=0.8, seed=0)  # the same draws every time, so that samples differ by the model alone
@@ -116,9 +116,11 @@ class Session:
             self.run.checkpoints,
             self.config,
             replace(progress, best_step=best[0], best_bits_per_byte=best[1]),
-            self.model.state_dict(),
+            weights_of(self.model),
             optimizer_tensors(self.model, self.optimizer),
-            surroundings(self.tokenizer, self.streams),
+            tokenizer=self.tokenizer.fingerprint,
+            text=text_hashes(self.streams),
+            surroundings=surroundings(),
         )
         progress.best_step, progress.best_bits_per_byte = best
         retain(self.run.checkpoints, self.config.train.keep, progress.best_step)
