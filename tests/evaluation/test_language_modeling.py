@@ -3,6 +3,7 @@
 import gzip
 import lzma
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -98,7 +99,7 @@ def test_positions_are_binned_without_gap_or_overlap(model):
         rows = score.by_position(per_octave)
         assert rows[0][0] == 0
         assert rows[-1][1] == 199
-        assert all(after[0] == before[1] + 1 for before, after in zip(rows, rows[1:], strict=False))
+        assert all(after[0] == before[1] + 1 for before, after in pairwise(rows))
         sizes = [int(score.bytes[first : last + 1].sum()) for first, last, _ in rows]
         mean = sum(size * bits for size, (_, _, bits) in zip(sizes, rows, strict=True)) / sum(sizes)
         assert mean == pytest.approx(score.bits_per_byte)

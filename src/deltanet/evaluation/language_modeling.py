@@ -1,6 +1,6 @@
 """How well a model predicts text, in bits per byte: the one measure that no tokenizer and no vocabulary can flatter.
 
-    bits per byte = (sum of the losses in nats) / ln 2 / (bytes of text that the targets stand for)
+bits per byte = (sum of the losses in nats) / ln 2 / (bytes of text that the targets stand for)
 """
 
 import gzip
@@ -8,6 +8,7 @@ import lzma
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -54,7 +55,7 @@ class Score:
             grown = math.ceil((edges[-1] + 1) * 2 ** (1 / bins_per_octave)) - 1
             edges.append(min(max(grown, edges[-1] + 1), length))
         rows = []
-        for first, end in zip(edges, edges[1:], strict=False):
+        for first, end in pairwise(edges):
             size = int(self.bytes[first:end].sum())
             if size:
                 rows.append((first, end - 1, float(self.nats[first:end].sum() / math.log(2) / size)))

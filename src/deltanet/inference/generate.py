@@ -10,7 +10,9 @@ from deltanet.data import Tokenizer
 from deltanet.inference.sampling import Draws, Sampling, choose
 from deltanet.models import LanguageModel
 
-PREFILL_TOKENS = 2048  # read at once and row: bounds the memory that a long prompt takes, and keeps the chunked form busy
+PREFILL_TOKENS = (
+    2048  # read at once and row: bounds the memory that a long prompt takes, and keeps the chunked form busy
+)
 
 
 class Ready(NamedTuple):
@@ -57,7 +59,9 @@ def prefill(
         hidden, state = model.hidden(tokens[:, piece], state, mask=None if equal else mask[:, piece])
     logits = model.lm_head(hidden[:, -1:]).squeeze(1)
     if not torch.isfinite(logits).all():
-        raise ValueError("the model's logits must be finite, got NaN or infinity: its weights are damaged or it diverged")
+        raise ValueError(
+            "the model's logits must be finite, got NaN or infinity: its weights are damaged or it diverged"
+        )
     return Ready(logits, state)
 
 

@@ -26,7 +26,9 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < math.inf:
-            raise ValueError(f"temperature must be a finite number >= 0, got {self.temperature}: 0 is greedy, 1 samples")
+            raise ValueError(
+                f"temperature must be a finite number >= 0, got {self.temperature}: 0 is greedy, 1 samples"
+            )
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k must be at least 1, got {self.top_k}: leave it out to choose among all tokens")
         if self.top_p is not None and not 0 < self.top_p <= 1:

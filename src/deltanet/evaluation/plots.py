@@ -1,0 +1,230 @@
+"""The pictures of a run, each as PNG and SVG. They need matplotlib, the extra [plot]; `sparkline` needs nothing."""
+
+import importlib.util
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from deltanet.evaluation.decoding import DecodingCost
+
+# Okabe and Ito's colours, which stay apart for colour-blind readers; the lines also differ in dash and label.
+BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#6B6B6B"
+INK, FAINT = "#222222", "#E4E4E4"
+STYLE: dict[Any, Any] = {
+    "figure.figsize": (7.2, 4.2),
+    "figure.dpi": 100,
+    "savefig.dpi": 200,
+    "font.size": 11,
+    "axes.titlesize": 13,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.titlepad": 12,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": GREY,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": FAINT,
+    "grid.linewidth": 0.8,
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "lines.linewidth": 2.2,
+    "lines.solid_capstyle": "round",
+    "legend.frameon": False,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "deltanet",
+}
+BARS = "▁▂▃▄▅▆▇█"
+
+
+def can_plot() -> bool:
+    """Whether matplotlib is installed."""
+    return importlib.util.find_spec("matplotlib") is not None
+
+
+def plot_learning(
+    stem: Path,
+    tokens: Sequence[int],
+    training: Sequence[float],
+    evaluations: Sequence[tuple[int, float]],
+    yardsticks: Mapping[str, float],
+) -> list[Path]:
+    """Bits per byte against training tokens: every step faint, its running mean, validation, and compressors as lines.
+
+    `training` are bits per byte of the steps that end at `tokens`; `evaluations` are (tokens, bits per byte) of
+    validation text; `yardsticks` are bits per byte by name. Writes `stem`.png and .svg and returns their paths.
+    """
+    with _figure("Learning to predict text", "training tokens", "bits per byte") as (figure, axes):
+        axes.plot(tokens, training, color=BLUE, alpha=0.22, linewidth=0.8)
+        axes.plot(tokens, _running_mean(training), color=BLUE, label="training")
+        if evaluations:
+            axes.plot(*zip(*evaluations, strict=True), color=ORANGE, marker="o", markersize=5, label="validation")
+        low, high = _learning_limits(training, evaluations, yardsticks)
+        axes.set_ylim(low, high)
+        axes.set_xlim(left=0)
+        for name, value in yardsticks.items():
+            axes.axhline(value, color=GREY, linewidth=1.2, linestyle=(0, (5, 3)))
+            axes.annotate(
+                f"{name}  {value:.2f}",
+                (1.0, value),
+                xycoords=("axes fraction", "data"),
+                xytext=(-2, 3),
+                textcoords="offset points",
+                ha="right",
+                color=GREY,
+                fontsize=10,
+            )
+        if evaluations:
+            at, best = evaluations[-1]
+            axes.annotate(
+                f"{best:.2f}",
+                (at, best),
+                xytext=(0, -15),
+                textcoords="offset points",
+                ha="center",
+                color=ORANGE,
+                fontweight="bold",
+            )
+        _plain_counts(axes.xaxis)
+        axes.legend(loc="upper right")
+        return _save(figure, stem)
+
+
+def plot_positions(stem: Path, rows: Sequence[tuple[int, int, float]], context: int) -> list[Path]:
+    """Bits per byte against the position in the context. `rows` are (first, last, bits per byte); beyond `context` the
+    positions are marked as longer than any training window. Writes `stem`.png and .svg and returns their paths.
+    """
+    with _figure("What context is worth", "tokens of context before the predicted one", "bits per byte") as (
+        figure,
+        axes,
+    ):
+        centres = [
+            ((first + 1) * (last + 1)) ** 0.5 for first, last, _ in rows
+        ]  # one more than the position: tokens read
+        axes.plot(centres, [bits for *_, bits in rows], color=BLUE, marker="o", markersize=5)
+        axes.set_xscale("log", base=2)
+        if rows and rows[-1][1] >= context:
+            axes.axvspan(context, rows[-1][1] + 1, color=ORANGE, alpha=0.08, linewidth=0)
+            axes.annotate(
+                "longer than in training",
+                (context, 0.96),
+                xycoords=("data", "axes fraction"),
+                xytext=(6, 0),
+                textcoords="offset points",
+                va="top",
+                color=ORANGE,
+                fontsize=10,
+            )
+        _plain_counts(axes.xaxis)
+        return _save(figure, stem)
+
+
+def plot_decoding(stem: Path, costs: Sequence[DecodingCost]) -> list[Path]:
+    """Milliseconds per generated token against the length of the context, DeltaNet beside attention with a cache.
+    Writes `stem`.png and .svg and returns their paths.
+    """
+    with _figure("The cost of the next token", "tokens of context", "milliseconds per token") as (figure, axes):
+        contexts = [cost.context for cost in costs]
+        lines = (
+            ("DeltaNet", [cost.delta_ms for cost in costs], BLUE, "-", "o", costs[-1].delta_bytes),
+            ("attention", [cost.attention_ms for cost in costs], ORANGE, (0, (6, 2)), "s", costs[-1].attention_bytes),
+        )
+        for name, values, color, dash, marker, size in lines:
+            axes.plot(contexts, values, color=color, linestyle=dash, marker=marker, markersize=5, label=name)
+            axes.annotate(
+                f"{name}\n{_bytes(size)} of memory",
+                (contexts[-1], values[-1]),
+                xytext=(10, 0),
+                textcoords="offset points",
+                va="center",
+                color=color,
+                fontsize=10,
+                fontweight="bold",
+                annotation_clip=False,
+            )
+        axes.set_xscale("log", base=2)
+        axes.set_ylim(bottom=0)
+        _plain_counts(axes.xaxis)
+        return _save(figure, stem)
+
+
+def sparkline(values: Sequence[float], width: int = 60) -> str:
+    """`values` as one line of bars, the mean of each `width`-th part, lowest to highest."""
+    if not values:
+        return ""
+    width = min(width, len(values))
+    edges = [i * len(values) // width for i in range(width + 1)]
+    means = [sum(values[a:b]) / (b - a) for a, b in pairwise(edges)]
+    low, span = min(means), max(means) - min(means)
+    return "".join(BARS[min(int((mean - low) / span * len(BARS)), len(BARS) - 1) if span else 0] for mean in means)
+
+
+@contextmanager
+def _figure(title: str, x: str, y: str) -> Iterator[tuple[Any, Any]]:
+    if not can_plot():
+        raise ValueError("plots need matplotlib, which is not installed: pip install 'deltanet[plot]'")
+    import matplotlib
+
+    with matplotlib.rc_context(STYLE):
+        # Without pyplot there is no window system to find and no figure left behind.
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+
+        figure = Figure(layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.add_subplot(title=title, xlabel=x, ylabel=y)
+        yield figure, axes
+
+
+def _save(figure: Any, stem: Path) -> list[Path]:
+    paths = [stem.with_name(stem.name + suffix) for suffix in (".png", ".svg")]
+    figure.savefig(paths[0])
+    figure.savefig(paths[1], metadata={"Date": None})  # the same data give the same file
+    return paths
+
+
+def _plain_counts(axis: Any) -> None:
+    """512, 2k, 1.5M instead of powers of ten."""
+    from matplotlib.ticker import FuncFormatter, NullLocator
+
+    axis.set_major_formatter(FuncFormatter(lambda value, _: _count(value)))
+    axis.set_minor_locator(NullLocator())
+
+
+def _count(value: float) -> str:
+    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if value >= size:
+            return f"{value / size:.3g}{letter}"
+    return f"{value:.3g}"
+
+
+def _bytes(size: int) -> str:
+    for unit, letter in ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")):
+        if size >= unit:
+            return f"{size / unit:.3g} {letter}"
+    return f"{size} bytes"
+
+
+def _running_mean(values: Sequence[float]) -> list[float]:
+    """An exponential mean over about a fortieth of the run, from its first value on without a bias towards zero."""
+    decay = 1 - 1 / max(1.0, len(values) / 40)
+    mean, weight, out = 0.0, 0.0, []
+    for value in values:
+        mean, weight = decay * mean + (1 - decay) * value, decay * weight + (1 - decay)
+        out.append(mean / weight)
+    return out
+
+
+def _learning_limits(
+    training: Sequence[float], evaluations: Sequence[tuple[int, float]], yardsticks: Mapping[str, float]
+) -> tuple[float, float]:
+    """The part worth looking at: the first few steps, near 8 bits, would leave the rest of the curve no room."""
+    shown = [*yardsticks.values(), *(bits for _, bits in evaluations), *_running_mean(training)]
+    settled = sorted(training)[int(0.97 * (len(training) - 1))] if training else max(shown)
+    low, high = min(shown), max(settled, *yardsticks.values(), 0.0)
+    margin = 0.08 * max(high - low, 0.5)
+    return max(0.0, low - 1.6 * margin), high + margin
