@@ -103,7 +103,7 @@ def permute(index: np.ndarray, size: int, key: np.ndarray) -> np.ndarray:
 def _shuffle_grid(cell: np.ndarray, rows: int, columns: int, key: np.ndarray) -> np.ndarray:
     height, width = np.uint64(rows), np.uint64(columns)
     row, column = np.divmod(cell, width)
-    for step in range(0, ROUNDS, 2):
+    for step in range(0, ROUNDS, 2):  # the shifts are reduced first: a sum that wraps at 2^64 could not be undone
         row = (row + _mix(column + _mix(key + np.uint64(step))) % height) % height
         column = (column + _mix(row + _mix(key + np.uint64(step + 1))) % width) % width
     return row * width + column
