@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
+
 from deltanet.layers import DeltaNetConfig
 from deltanet.models import ModelConfig
 from deltanet.training import DataConfig, Evaluation, Header, Result, RunConfig, Step, TrainConfig
-from hypothesis import settings
 
 settings.register_profile("training", deadline=None, derandomize=True)
 settings.load_profile("training")

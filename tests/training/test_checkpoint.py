@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from deltanet.layers import DeltaNetConfig
 from deltanet.models import LanguageModel
 from deltanet.training import CheckpointError, RunConfig, load_model
@@ -178,14 +179,16 @@ def test_weights_of_another_model_are_refused_before_it_is_built(
             built.append(self.embeddings.weight.device.type)
 
     monkeypatch.setattr(module, "LanguageModel", Spy)
-    with pytest.raises(CheckpointError, match=r"expected embeddings.weight \[257, 1024\], got \[257, 16\]; .* and \d+ more"):
+    with pytest.raises(
+        CheckpointError, match=r"expected embeddings.weight \[257, 1024\], got \[257, 16\]; .* and \d+ more"
+    ):
         load_model(run, step=1)
     assert built == ["meta"]
 
 
 def test_another_tokenizer_is_refused(save: Callable[..., Path], run: Path) -> None:
     save(1, tokenizer="0123456789abcdef")
-    with pytest.raises(CheckpointError, match="must be of the tokenizer .* got 0123456789ab"):
+    with pytest.raises(CheckpointError, match=r"must be of the tokenizer .* got 0123456789ab"):
         load_model(run)
 
 
@@ -227,7 +230,7 @@ def test_no_room_half_way(save: Callable[..., Path], run: Path, monkeypatch: pyt
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(module, "save_file", fill_up)
-    with pytest.raises(CheckpointError, match="free bytes, got .*: make room; older"):
+    with pytest.raises(CheckpointError, match=r"free bytes, got .*: make room; older"):
         save(2)
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["LATEST", "step-00000001"]
     assert (run / "checkpoints" / "LATEST").read_text() == "step-00000001\n"

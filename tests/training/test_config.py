@@ -1,17 +1,18 @@
 """A run is one value: it survives the file, and what cannot be is refused with the name of the field."""
 
+import tomllib
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import tomllib
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
 from deltanet.layers import DeltaNetConfig
 from deltanet.models import SIZES, LanguageModel, ModelConfig
 from deltanet.training import DataConfig, RunConfig, TrainConfig, default_run, read_config, write_config
 from deltanet.training.config import config_from_dict, config_to_toml
-from hypothesis import given
-from hypothesis import strategies as st
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 MODEL = '[model]\nsize = "nano"\n'
@@ -72,7 +73,11 @@ def test_files(tmp_path: Path, config: RunConfig) -> None:
     assert read_config(tmp_path / "config.toml") == config
     (tmp_path / "bad.toml").write_text("[model\n")
     (tmp_path / "binary.toml").write_bytes(b"\xff\xfe")
-    for name, message in (("missing.toml", "nothing is at"), ("bad.toml", "must be TOML"), ("binary.toml", "must be TOML")):
+    for name, message in (
+        ("missing.toml", "nothing is at"),
+        ("bad.toml", "must be TOML"),
+        ("binary.toml", "must be TOML"),
+    ):
         with pytest.raises(ValueError, match=message):
             read_config(tmp_path / name)
 
@@ -93,7 +98,10 @@ def test_files(tmp_path: Path, config: RunConfig) -> None:
         (MODEL + "d_model = 10000000000\n", r"\[model\] d_model must be between 1 and 65536"),
         (MODEL + "layers = 3\n", r"\[model\] layers must be a list, got 3"),
         (MODEL + "layers = [3]\n", r"\[model.layers\] must be a table"),
-        (MODEL + '[[model.layers]]\nkind = "dleta"\n', r"kind must be one of .*delta.*got 'dleta'. Did you mean 'delta'"),
+        (
+            MODEL + '[[model.layers]]\nkind = "dleta"\n',
+            r"kind must be one of .*delta.*got 'dleta'. Did you mean 'delta'",
+        ),
         (MODEL + "[[model.layers]]\nheads = 1\n", r"\[model.layers\] kind must be one of .*delta.*got None"),
         (MODEL + '[[model.layers]]\nkind = "delta"\nheads = 1.5\n', r"\[model.layers\] heads must be a whole number"),
         (MODEL + "[data]\ncontext = 0\n", r"\[data\] context must be from 1 to 16777216, got 0"),

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from deltanet.layers import DeltaNetConfig
 from deltanet.models import LanguageModel, ModelConfig
 from deltanet.training import TrainConfig
@@ -55,7 +56,9 @@ def test_what_adamw_keeps_comes_back() -> None:
     assert optimizer_tensors(models[0], optimizers[0]) == {}
     step(0)
     models[1].load_state_dict(models[0].state_dict())
-    load_optimizer(models[1], optimizers[1], {k: v.clone() for k, v in optimizer_tensors(models[0], optimizers[0]).items()})
+    load_optimizer(
+        models[1], optimizers[1], {k: v.clone() for k, v in optimizer_tensors(models[0], optimizers[0]).items()}
+    )
     step(0)
     step(1)
     for name, value in models[0].state_dict().items():

@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 import pytest
+
 from deltanet.training.metrics import Metrics, read_metrics
 from deltanet.training.run_folder import open_run, replace_text
 
@@ -43,10 +44,12 @@ def test_read_only_parents_are_refused(tmp_path: Path) -> None:
 
 
 def test_one_run_at_a_time(tmp_path: Path) -> None:
-    with open_run(tmp_path / "run"):
-        with pytest.raises(ValueError, match=rf"no run is going on, got .* of process {os.getpid()} on "):
-            with open_run(tmp_path / "run"):
-                pass
+    with (
+        open_run(tmp_path / "run"),
+        pytest.raises(ValueError, match=rf"no run is going on, got .* of process {os.getpid()} on "),
+        open_run(tmp_path / "run"),
+    ):
+        pass
     with open_run(tmp_path / "run"):
         pass
 

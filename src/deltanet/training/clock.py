@@ -34,7 +34,7 @@ class Clock:
     def tokens_per_second(self) -> float:
         """Of the last steps, without what lies between them."""
         seconds, tokens = map(sum, zip(*self._steps, strict=True))
-        return tokens / seconds
+        return tokens / max(seconds, 1e-9)
 
     def left(self, steps: int | None) -> float | None:
         """Seconds until `steps` more are done, evaluations included, or the limit is reached; None where neither is known."""
