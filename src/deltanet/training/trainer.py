@@ -90,10 +90,8 @@ def train(config: RunConfig, out: str | Path, reporter: Reporter | None = None) 
                     try:
                         journal.saved(progress.step, session.save())
                     except CheckpointError as error:
-                        again = progress.step + settings.save_every
-                        journal.message(
-                            progress.step, f"not saved: {error}. Training goes on; next try at step {again}"
-                        )
+                        again = min(progress.step + settings.save_every, progress.steps or math.inf)
+                        journal.message(progress.step, f"not saved: {error}. Training goes on; next try at step {again}")
 
             # The end: a checkpoint, whatever the reason, and the validation of the whole text.
             status = ending(session, interrupts) or "finished"
