@@ -134,6 +134,32 @@ def test_recomputing_blocks_keeps_the_run(config: RunConfig, tmp_path: Path, lis
     assert recomputed.losses == pytest.approx(kept.losses, rel=1e-6)
 
 
+def test_bfloat16_follows_float32(config: RunConfig, tmp_path: Path, listen, change) -> None:
+    full, half = listen(), listen()
+    train(config, tmp_path / "full", full)
+    train(change(config, precision="bfloat16"), tmp_path / "half", half)
+    assert half.headers[0].precision == "bfloat16"
+    assert half.losses != full.losses
+    assert list(half.losses.values()) == pytest.approx(list(full.losses.values()), rel=0.02)
+
+
+@pytest.mark.gpu
+def test_a_gpu_follows_the_cpu_and_goes_on(config: RunConfig, tmp_path: Path, listen, change) -> None:
+    config = replace(config, model=replace(config.model, d_model=64), data=replace(config.data, context=70))
+    cpu, first, rest = (
+        listen(),
+        listen(lambda step: signal.raise_signal(signal.SIGTERM) if step == 6 else None),
+        listen(),
+    )
+    train(change(config, device="cpu"), tmp_path / "cpu", cpu)
+    train(config, tmp_path / "gpu", first)
+    train(config, tmp_path / "gpu", rest)
+    assert first.headers[0].precision == "bfloat16"
+    assert list(rest.losses) == list(range(7, 13))
+    losses = first.losses | rest.losses
+    assert list(losses.values()) == pytest.approx(list(cpu.losses.values()), rel=0.02)
+
+
 # --- stopping and going on ---
 
 

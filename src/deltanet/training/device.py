@@ -10,6 +10,7 @@ import torch
 from deltanet.layers import DeltaNet
 from deltanet.models import LanguageModel
 from deltanet.ops import explain
+from deltanet.ops.backends import NAMES, choose, nearest
 from deltanet.training.config import RunConfig
 
 BYTES_PER_PARAMETER = 16  # fp32: the weight, its gradient, and the two means of AdamW
@@ -68,7 +69,10 @@ def check_memory(config: RunConfig, device: torch.device) -> None:
 
 
 def explain_backend(model: LanguageModel, config: RunConfig, device: torch.device) -> tuple[str, str]:
-    """Who will run the delta rule, and why: a line for each family. BackendError if none can."""
+    """Who will run the delta rule, and why: a line for each family. ValueError or BackendError if the one asked for cannot."""
+    asked = config.train.backend
+    if asked not in NAMES:
+        raise ValueError(f"train.backend must be one of {', '.join(NAMES)}, got {asked!r}{nearest(asked, NAMES)}")
     mixer = next((module for module in model.modules() if isinstance(module, DeltaNet)), None)
     if mixer is None:
         return "none", "no layer uses the delta rule"
@@ -78,8 +82,7 @@ def explain_backend(model: LanguageModel, config: RunConfig, device: torch.devic
     q = one.expand(batch, config.data.context, mixer.heads, mixer.key_dim)
     v = one.expand(batch, config.data.context, mixer.value_heads, mixer.value_dim)
     explanation = explain(q, q, v, v[..., 0].float())
-    asked = config.train.backend
-    return (explanation.chosen or "none") if asked == "auto" else asked, str(explanation)
+    return choose(explanation.problem, asked), str(explanation)
 
 
 def memory_in_use(device: torch.device) -> int:

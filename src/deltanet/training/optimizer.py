@@ -55,7 +55,4 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
 def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
     """The inverse of `optimizer_tensors`; the tensors must be all of them or none."""
     for name, parameter in model.named_parameters() if tensors else ():
-        device = {"step": None if parameter.device.type == "cpu" else parameter.device}
-        optimizer.state[parameter] = {
-            field: tensors[f"{name}.{field}"].to(device.get(field, parameter.device)) for field in FIELDS
-        }
+        optimizer.state[parameter] = {field: tensors[f"{name}.{field}"].to(parameter.device) for field in FIELDS}

@@ -50,9 +50,10 @@ def train(config: RunConfig, out: str | Path, reporter: Reporter | None = None) 
     with open_run(Path(out)) as run, Interrupts() as interrupts:
         session = Session(config, run, reporter)
         progress, clock = session.progress, session.clock
+        header = session.header()
         write_config(run.config, config)
         with Journal(run, reporter, progress.step) as journal:
-            reporter.header(session.header())
+            reporter.header(header)
 
             while not ending(session, interrupts):
                 # One optimizer step on the next windows.
@@ -91,7 +92,9 @@ def train(config: RunConfig, out: str | Path, reporter: Reporter | None = None) 
                         journal.saved(progress.step, session.save())
                     except CheckpointError as error:
                         again = min(progress.step + settings.save_every, progress.steps or math.inf)
-                        journal.message(progress.step, f"not saved: {error}. Training goes on; next try at step {again}")
+                        journal.message(
+                            progress.step, f"not saved: {error}. Training goes on; next try at step {again}"
+                        )
 
             # The end: a checkpoint, whatever the reason, and the validation of the whole text.
             status = ending(session, interrupts) or "finished"
