@@ -63,12 +63,12 @@ DECODE: Table = {(size, key_dim): LaunchConfig(warps=4, block_v=32) for size in 
 
 # The chunk kernels pad K and V to at least 64 columns: 32-wide tiles with 4 warps are miscompiled for Hopper by some Triton releases,
 # and every further width is one more configuration to prove. Key: (bytes of an element of q, padded K).
-CHUNK_TRANSFORM: Table = {(size, width): LaunchConfig(warps=2, block_k=64 if size == 2 else 32) for size in (2, 4) for width in (64, 128, 256)}
+CHUNK_TRANSFORM: Table = {(size, width): LaunchConfig(warps=1, block_k=64 if size == 2 else 32) for size in (2, 4) for width in (64, 128, 256)}
 
 CHUNK_FORWARD: Table = {
     (2, 64): LaunchConfig(warps=4, stages=2, block_v=64),
     (2, 128): LaunchConfig(warps=4, stages=2, block_v=64),
-    (2, 256): LaunchConfig(warps=8, stages=2, block_v=64),
+    (2, 256): LaunchConfig(warps=8, stages=2, block_v=128),
     (4, 64): LaunchConfig(warps=4, block_v=64),
     (4, 128): LaunchConfig(warps=8, block_v=64),
     (4, 256): LaunchConfig(warps=8, block_v=32),
@@ -76,17 +76,17 @@ CHUNK_FORWARD: Table = {
 
 CHUNK_BACKWARD: Table = {
     (2, 64): LaunchConfig(warps=4, stages=2, block_v=64),
-    (2, 128): LaunchConfig(warps=4, stages=2, block_v=64),
-    (2, 256): LaunchConfig(warps=8, stages=2, block_v=64),
+    (2, 128): LaunchConfig(warps=8, stages=2, block_v=128),
+    (2, 256): LaunchConfig(warps=8, block_v=128),
     (4, 64): LaunchConfig(warps=4, block_v=64),
     (4, 128): LaunchConfig(warps=8, block_v=64),
     (4, 256): LaunchConfig(warps=8, block_v=32),
 }
 
 CHUNK_GRADIENTS: Table = {
-    (2, 64): LaunchConfig(warps=4, stages=2, block_v=64, block_k=64),
-    (2, 128): LaunchConfig(warps=8, stages=3, block_v=64, block_k=128),
-    (2, 256): LaunchConfig(warps=8, stages=3, block_v=64, block_k=128),
+    (2, 64): LaunchConfig(warps=4, stages=2, block_v=64, block_k=64, apart=True),
+    (2, 128): LaunchConfig(warps=4, stages=2, block_v=64, block_k=64, apart=True),
+    (2, 256): LaunchConfig(warps=4, stages=2, block_v=64, block_k=64),
     (4, 64): LaunchConfig(warps=8, block_v=32, block_k=64),
     (4, 128): LaunchConfig(warps=8, block_v=32, block_k=64),
     (4, 256): LaunchConfig(warps=8, block_v=32, block_k=64),

@@ -3,7 +3,7 @@
     forward     chunk_transform -> X (and G);     forward -> o, final state, and for the backward E and the chunk states S
     backward    state_gradient -> dv, dbeta, D, dinitial_state;     gradients -> dq, dk, dg
 
-What is saved, in this order: X; the part of X that rounding lost, where that is kept; beta in fp32 and, if gated, G; E; S under "states".
+What is saved, in this order: X; beta in fp32 and, if gated, G; E; S under "states".
 Under "lean" S is computed again in the backward from k and E, one more launch.
 D, the state gradients, take no memory of their own when V <= 128 and every key head has one value head: a chunk's D fits where its
 dq and dk will be written by the one program that reads it.
@@ -57,9 +57,9 @@ def chunk_forward(
         if final is not None:
             final.zero_() if initial_state is None else final.copy_(initial_state)
         return o, final, kept
-    X, X_low, b, E, G, S = _unpack(kept if save != "nothing" else saved(q, v, g, save, X_only=True), q, g)
-    _transform(shape, k, beta, g, b, G, X, X_low)
-    _forward(shape, q, k, v, b, G, X, X_low, initial_state, o, E, S, final, scale)
+    X, b, E, G, S = _unpack(kept if save != "nothing" else saved(q, v, g, save, X_only=True), g)
+    _transform(shape, k, beta, g, b, G, X)
+    _forward(shape, q, k, v, b, G, X, initial_state, o, E, S, final, scale)
     return o, final, kept
 
 
@@ -90,27 +90,24 @@ def chunk_backward(
         return dq, dk, dv, dbeta, dg, dinitial
     if scale == 0.0:  # D is carried divided by scale; with no output there is nothing to divide
         do, scale = torch.zeros_like(do), 1.0
-        dq_factor = 0.0
-    else:
-        dq_factor = 1.0
-    X, X_low, b, E, G, S = _unpack(saved, q, g)
+    X, b, E, G, S = _unpack(saved, g)
     if S is None:
         S = q.new_empty(shape.slots)
-        _forward(shape, None, k, None, b, G, X, X_low, initial_state, None, E, S, None, scale, replay=True)
+        _forward(shape, None, k, None, b, G, X, initial_state, None, E, S, None, scale, replay=True)
 
     block_v = min(_pick(CHUNK_BACKWARD, q).block_v, _width(shape.V))
     partial = q.new_empty((-(-shape.V // block_v), shape.HV, shape.tokens), dtype=torch.float32)
-    borrow = shape.H == shape.HV and shape.V <= 2 * CHUNK and block_v <= CHUNK
+    borrow = shape.H == shape.HV and shape.V <= 2 * CHUNK
     D, D_high = (dq, dk) if borrow else (q.new_empty(shape.slots), dk)
     _state_gradient(
-        shape, q, k, do, E, b, G, X, X_low, dfinal_state, dv, partial, D, D_high, dinitial, scale, block_v, borrow
+        shape, q, k, do, E, b, G, X, dfinal_state, dv, partial, D, D_high, dinitial, scale, block_v, borrow
     )
     dg_parts = _gradients(
         shape, q, k, do, E, dv, b, G, S, D, D_high, initial_state, dfinal_state, partial, dq, dk, dbeta, scale, borrow
     )
     if dg is not None:
         dg.copy_(dg_parts[0] if dg_parts.shape[0] == 1 else dg_parts.sum(0))
-    return dq if dq_factor else dq.zero_(), dk, dv, dbeta, dg, dinitial
+    return dq, dk, dv, dbeta, dg, dinitial
 
 
 def saved(q: Tensor, v: Tensor, g: Tensor | None, save: str, *, X_only: bool = False) -> list[Tensor]:
@@ -118,33 +115,23 @@ def saved(q: Tensor, v: Tensor, g: Tensor | None, save: str, *, X_only: bool = F
     if save == "nothing" and not X_only:
         return []
     tokens, HV = v.shape[0] * v.shape[1], v.shape[2]
-    X = [q.new_empty(HV, tokens * PACKED_ROW) for _ in range(1 + _rest(q))]
+    # |X| <= 1, so of two 16-bit formats fp16 holds it better: 3 bits more, which long runs of alike keys at beta 2 do need
+    X = q.new_empty(HV, tokens * PACKED_ROW, dtype=torch.float16 if q.element_size() == 2 else q.dtype)
     b_G = [q.new_empty(HV, tokens, dtype=torch.float32) for _ in range(1 + (g is not None))]
     if X_only:
-        return X + b_G
+        return [X, *b_G]
     E = torch.empty_like(v, memory_format=torch.contiguous_format)
-    return [*X, *b_G, E, *([q.new_empty(_slots(q, v))] if save == "states" else [])]
+    return [X, *b_G, E, *([q.new_empty(_slots(q, v))] if save == "states" else [])]
 
 
-def _unpack(kept: list[Tensor], q: Tensor, g: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """X, X_low, b, E, G, S of a list that `saved` made; None for what is not there."""
+def _unpack(kept: list[Tensor], g: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """X, b, E, G, S of a list that `saved` made; None for what is not there."""
     rest = iter(kept)
     X = next(rest)
-    X_low = next(rest) if _rest(q) else None
     b = next(rest)
     G = None if g is None else next(rest)
     E = next(rest, None)
-    return X, X_low, b, E, G, next(rest, None)
-
-
-def _rest(q: Tensor) -> bool:
-    """Whether X is kept with what rounding it lost: bf16 has 8 bits, too few where |X| is near 1 in long runs of alike keys."""
-    return q.dtype == torch.bfloat16 and REST
-
-
-REST = True
-COLUMNS = True
-LATE = True
+    return X, b, E, G, next(rest, None)
 
 
 def _slots(q: Tensor, v: Tensor) -> tuple[int, int, int, int]:
@@ -187,34 +174,34 @@ def _options(config: LaunchConfig) -> dict[str, int]:
     return options
 
 
-def _transform(shape: _Shape, k, beta, g, b, G, X, X_low) -> None:
+def _transform(shape: _Shape, k, beta, g, b, G, X) -> None:
     transform[(shape.chunks, shape.HV)](
-        k, beta, *_or(k, g), b, *_or(k, G), X, *_or(k, X_low), *shape.place, shape.tokens,
-        H=shape.H, HV=shape.HV, K=shape.K, WIDTH=_pick(CHUNK_TRANSFORM, k).block_k, PACKED=shape.packed, GATED=g is not None,
-        REST=X_low is not None, COLUMNS=COLUMNS, LATE=LATE, PRECISION=PRECISION, **_options(_pick(CHUNK_TRANSFORM, k)),
+        k, beta, *_or(k, g), b, *_or(k, G), X, *shape.place, shape.tokens,
+        H=shape.H, HV=shape.HV, K=shape.K, WIDTH=_pick(CHUNK_TRANSFORM, k).block_k, ALWAYS_PRECISE=k.element_size() == 4, PACKED=shape.packed, GATED=g is not None,
+        PRECISION=PRECISION, **_options(_pick(CHUNK_TRANSFORM, k)),
     )  # fmt: skip
 
 
-def _forward(shape: _Shape, q, k, v, b, G, X, X_low, initial, o, E, S, final, scale, *, replay: bool = False) -> None:
+def _forward(shape: _Shape, q, k, v, b, G, X, initial, o, E, S, final, scale, *, replay: bool = False) -> None:
     config = _pick(CHUNK_FORWARD, k)
     block_v = min(config.block_v, _width(shape.V))
     forward[(shape.N * -(-shape.V // block_v), shape.HV)](
-        *_or(k, q, k, v, b, G, X, X_low, initial, o, E, S, final), *shape.place, shape.tokens, scale,
+        *_or(k, q, k, v, b, G, X, initial, o, E, S, final), *shape.place, shape.tokens, scale,
         H=shape.H, HV=shape.HV, K=shape.K, V=shape.V, BK=_width(shape.K), BV=block_v, SEGMENT=0, PACKED=shape.packed,
-        GATED=G is not None, REST=X_low is not None and not replay, INITIAL=initial is not None, TRANSITION=False, REPLAY=replay,
+        GATED=G is not None, INITIAL=initial is not None, TRANSITION=False, REPLAY=replay,
         OUTPUT=o is not None, SAVE_E=E is not None and not replay, SAVE_S=S is not None, FINAL=final is not None,
         PRECISION=PRECISION, **_options(config),
     )  # fmt: skip
 
 
 def _state_gradient(
-    shape: _Shape, q, k, do, E, b, G, X, X_low, dfinal, dv, partial, D, D_high, dinitial, scale, block_v: int, borrow: bool
+    shape: _Shape, q, k, do, E, b, G, X, dfinal, dv, partial, D, D_high, dinitial, scale, block_v: int, borrow: bool
 ) -> None:  # fmt: skip
     state_gradient[(shape.N * partial.shape[0], shape.HV)](
-        q, k, do, E, b, *_or(k, G), X, *_or(k, X_low, dfinal), dv, partial, D, D_high, *_or(k, dinitial),
+        q, k, do, E, b, *_or(k, G), X, *_or(k, dfinal), dv, partial, D, D_high, *_or(k, dinitial),
         *shape.place, shape.tokens, scale, 1.0 / scale,
         H=shape.H, HV=shape.HV, K=shape.K, V=shape.V, BK=_width(shape.K), BV=block_v, SEGMENT=0, PACKED=shape.packed,
-        GATED=G is not None, REST=X_low is not None, FINAL=dfinal is not None, INITIAL=dinitial is not None, OUTPUT=True,
+        GATED=G is not None, FINAL=dfinal is not None, INITIAL=dinitial is not None, OUTPUT=True,
         BORROW=borrow, PRECISION=PRECISION, **_options(_pick(CHUNK_BACKWARD, q)),
     )  # fmt: skip
 
@@ -225,10 +212,12 @@ def _gradients(
     config = _pick(CHUNK_GRADIENTS, q)
     block_k = min(config.block_k, _width(shape.K))
     tiles = -(-shape.K // block_k)
+    first_S = None if initial is None else initial.transpose(2, 3).to(q.dtype).contiguous()
+    last_D = None if dfinal is None else (dfinal / scale).transpose(2, 3).to(q.dtype).contiguous()
     dg = None if G is None else q.new_empty((tiles, *dbeta.shape), dtype=torch.float32)
     gradients[(tiles * shape.chunks, shape.H)](
-        q, k, do, E, dv, b, *_or(k, G), S, D, D_high, *_or(k, initial, dfinal), partial, dq, dk, dbeta, *_or(k, dg),
-        *shape.place, shape.tokens, scale, 1.0 / scale,
+        q, k, do, E, dv, b, *_or(k, G), S, D, D_high, *_or(k, first_S, last_D), partial, dq, dk, dbeta, *_or(k, dg),
+        *shape.place, shape.tokens, scale,
         H=shape.H, HV=shape.HV, K=shape.K, V=shape.V, BK=block_k, BV=min(config.block_v, _width(shape.V)),
         PARTIALS=partial.shape[0], PACKED=shape.packed, GATED=G is not None, INITIAL=initial is not None,
         FINAL=dfinal is not None, BORROW=borrow, APART=config.apart, PRECISION=PRECISION, **_options(config),

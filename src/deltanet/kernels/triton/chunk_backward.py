@@ -23,8 +23,7 @@ def state_gradient(
     E,  # [tokens, HV, V]
     strength,  # [HV, tokens] fp32: beta
     G,  # [HV, tokens] fp32, gated only
-    X,  # [HV, tokens * 48]
-    X_low,  # the same, REST only
+    X,  # [HV, tokens * 48], in fp16 where the others are bf16
     dfinal,  # [segments, HV, K, V] fp32, FINAL only
     dv,  # [tokens, HV, V] out, OUTPUT only
     partial,  # [tiles of V, HV, tokens] fp32 out, OUTPUT only: the sums over a tile that make dbeta
@@ -47,7 +46,6 @@ def state_gradient(
     SEGMENT: tl.constexpr,
     PACKED: tl.constexpr,
     GATED: tl.constexpr,
-    REST: tl.constexpr,
     FINAL: tl.constexpr,
     INITIAL: tl.constexpr,
     OUTPUT: tl.constexpr,
@@ -95,10 +93,11 @@ def state_gradient(
     strength += along
     G += along
     X += along * 48
-    X_low += along * 48
     partial += (tile * HV + head) * tokens.to(tl.int64) + begin
     if BORROW:
-        D = tl.where((tile * BV) // CHUNK == 0, D, D_high) + (begin * H + head) * K
+        D_at = tl.where((e < CHUNK)[:, None], D, D_high) + ((begin * H + head) * K + (e % CHUNK)[:, None] * (H * K) + d[None, :])
+    else:
+        D_at = D + e[:, None] * K + d[None, :]
     x_at = tl.where(t < 32, t * 32, t * 64 - 1024)[:, None] + t[None, :]
     x_in = (t[:, None] >= 32) | (t[None, :] < 32)
 
@@ -118,10 +117,9 @@ def state_gradient(
             # the end of the sequence needs no slot: it is the given dfinal, or zero
             keep = in_v[:, None] & in_k[None, :] & ((c + 1) * CHUNK < length)
             if BORROW:
-                at_slot = c * (CHUNK * H * K) + (e % CHUNK)[:, None] * (H * K) + d[None, :]
+                tl.store(D_at + tl.cast(c * CHUNK, tl.int64) * (H * K), Db, mask=keep)
             else:
-                at_slot = ((tokens_before // CHUNK + c) * HV + head) * (K * V) + e[:, None] * K + d[None, :]
-            tl.store(D + at_slot, Db, mask=keep)
+                tl.store(D_at + ((tokens_before // CHUNK + c) * HV + head) * (K * V), Db, mask=keep)
         if GATED:
             last = tl.load(G + tl.minimum(length, (c + 1) * CHUNK) - 1)
             Gc = tl.where(valid, tl.load(G + row, mask=valid, other=0.0), last)
@@ -135,12 +133,11 @@ def state_gradient(
             P = tl.where(t[:, None] >= t[None, :], P, 0.0)
         Gt = tl.dot(tl.trans(douts), P.to(keys.dtype), Gt, input_precision=PRECISION)
 
-        x_mask = x_in & valid[:, None]
-        x = tl.load(X + c * 3072 + x_at, mask=x_mask, other=0.0)
         bG = -(Gt * b[None, :]).to(keys.dtype)
-        Ht = tl.dot(bG, x, Gt, input_precision=PRECISION)
-        if REST:
-            x = tl.load(X_low + c * 3072 + x_at, mask=x_mask, other=0.0)
+        x = tl.load(X + c * 3072 + x_at, mask=x_in & valid[:, None], other=0.0)
+        Ht = tl.dot(bG, x.to(keys.dtype), Gt, input_precision=PRECISION)
+        if X.dtype.element_ty != k.dtype.element_ty:  # bf16 keeps 8 of the 11 bits: the other 3 are a product of their own
+            x = (x.to(tl.float32) - x.to(keys.dtype).to(tl.float32)).to(keys.dtype)
             Ht = tl.dot(bG, x, Ht, input_precision=PRECISION)
 
         dW = Ht * b[None, :]

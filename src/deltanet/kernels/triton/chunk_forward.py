@@ -21,8 +21,7 @@ def forward(
     v,  # [tokens, HV, V]; unused when TRANSITION
     strength,  # [HV, tokens] fp32: beta
     G,  # [HV, tokens] fp32, gated only
-    X,  # [HV, tokens * 48]
-    X_low,  # the same, REST only
+    X,  # [HV, tokens * 48], in fp16 where the others are bf16
     initial,  # [segments, HV, K, V] fp32, INITIAL only
     o,  # [tokens, HV, V] out, OUTPUT only
     E,  # [tokens, HV, V] out if SAVE_E, in if REPLAY
@@ -43,7 +42,6 @@ def forward(
     SEGMENT: tl.constexpr,  # tokens of a segment, 0: the whole sequence
     PACKED: tl.constexpr,
     GATED: tl.constexpr,
-    REST: tl.constexpr,
     INITIAL: tl.constexpr,
     TRANSITION: tl.constexpr,  # v = 0 and S starts as the identity: the final state is the segment's transition
     REPLAY: tl.constexpr,  # E is read, not computed: only the states are wanted
@@ -97,11 +95,10 @@ def forward(
     strength += along
     G += along
     X += along * 48
-    X_low += along * 48
     slot = begin // CHUNK - 1
     length = (end - begin).to(tl.int32)
-    x_at = tl.where(t < 32, t * 32, t * 64 - 1024)[:, None] + t[None, :]
-    x_in = (t[:, None] >= 32) | (t[None, :] < 32)
+    x_at = tl.where(t < 32, t * 32, t * 64 - 1024)[None, :] + t[:, None]  # X^T, as the product below wants it
+    x_in = (t[None, :] >= 32) | (t[:, None] < 32)
 
     for c in range(chunks):
         row = c * CHUNK + t
@@ -131,13 +128,12 @@ def forward(
             else:
                 values = tl.load(v + row[:, None] * (HV * V) + e[None, :], mask=valid[:, None] & in_v[None, :], other=0.0)
                 W = tl.trans(values).to(tl.float32) - W
-            x_mask = x_in & valid[:, None]
-            x = tl.load(X + c * 3072 + x_at, mask=x_mask, other=0.0)
             bW = -(W * b[None, :]).to(keys.dtype)
-            Et = tl.dot(bW, tl.trans(x), W, input_precision=PRECISION)
-            if REST:
-                x = tl.load(X_low + c * 3072 + x_at, mask=x_mask, other=0.0)
-                Et = tl.dot(bW, tl.trans(x), Et, input_precision=PRECISION)
+            x = tl.load(X + c * 3072 + x_at, mask=x_in & valid[None, :], other=0.0)
+            Et = tl.dot(bW, x.to(keys.dtype), W, input_precision=PRECISION)
+            if X.dtype.element_ty != k.dtype.element_ty:  # bf16 keeps 8 of the 11 bits: the other 3 are a product of their own
+                x = (x.to(tl.float32) - x.to(keys.dtype).to(tl.float32)).to(keys.dtype)
+                Et = tl.dot(bW, x, Et, input_precision=PRECISION)
         at = row[None, :] * (HV * V) + e[:, None]
         if SAVE_E:
             tl.store(E + at, Et.to(E.dtype.element_ty), mask=valid[None, :] & in_v[:, None])

@@ -19,7 +19,7 @@ import triton.language as tl
 from deltanet.kernels.triton.tiles import CHUNK, decay_between, find_part
 
 
-@triton.jit(do_not_specialize=["T", "N", "steps", "tokens", "scale", "inverse_scale"])
+@triton.jit(do_not_specialize=["T", "N", "steps", "tokens", "scale"])
 def gradients(
     q,  # [tokens, H, K]
     k,  # [tokens, H, K]
@@ -31,8 +31,8 @@ def gradients(
     S,  # [slots, HV, V, K]
     D,  # [slots, HV, V, K], or borrowed: dq, rows 0..63 of V
     D_high,  # borrowed: dk, rows 64..127 of V
-    initial,  # [N, HV, K, V] fp32, INITIAL only
-    dfinal,  # [N, HV, K, V] fp32, FINAL only
+    first_S,  # [N, HV, V, K]: the initial states as S, INITIAL only
+    last_D,  # [N, HV, V, K]: the given gradients of the final states as D, FINAL only
     partial,  # [tiles of V, HV, tokens] fp32: partial sums of dbeta
     dq,  # [tokens, H, K] out
     dk,  # [tokens, H, K] out
@@ -44,7 +44,6 @@ def gradients(
     T,
     tokens,
     scale,
-    inverse_scale,
     H: tl.constexpr,
     HV: tl.constexpr,
     K: tl.constexpr,
@@ -85,12 +84,23 @@ def gradients(
 
     dq_sum = tl.zeros([CHUNK, BK], tl.float32)
     dk_sum = tl.zeros([CHUNK, BK], tl.float32)
-    for member in range(GROUP):
+    for member in tl.range(GROUP, num_stages=1):
         head = key_head * GROUP + member
         along = head.to(tl.int64) * tokens + first
         b = tl.load(strength + along + t, mask=valid, other=0.0)
         at_values = (first * HV + head) * V + t[:, None] * (HV * V)
-        at_state = (sequence.to(tl.int64) * HV + head) * (K * V)
+        # the first chunk's state and the last one's gradient have no slot: they are given, or zero
+        given = (sequence.to(tl.int64) * HV + head) * (K * V)
+        S_here = S + (slot * HV + head) * (K * V)
+        D_here = D + ((slot + 1) * HV + head) * (K * V)
+        has_S = is_first == 0
+        has_D = is_last == 0
+        if INITIAL:
+            S_here = tl.where(is_first, first_S + given, S_here)
+            has_S = True
+        if FINAL:
+            D_here = tl.where(is_last, last_D + given, D_here)
+            has_D = True
         if GATED:
             last = tl.load(G + along + rows - 1)
             Gc = tl.where(valid, tl.load(G + along + t, mask=valid, other=0.0), last)
@@ -113,25 +123,14 @@ def gradients(
             douts = tl.load(do + at_values + e[None, :], mask=in_values, other=0.0)
             errors = tl.load(E + at_values + e[None, :], mask=in_values, other=0.0)
             dws = tl.load(dv + at_values + e[None, :], mask=in_values, other=0.0)
-            state = tl.load(
-                S + (slot * HV + head) * (K * V) + e[:, None] * K + d[None, :],
-                mask=in_state & (is_first == 0),
-                other=0.0,
-            )
+            state = tl.load(S_here + e[:, None] * K + d[None, :], mask=in_state & has_S, other=0.0)
             if BORROW:
-                source = tl.where(i // CHUNK == 0, D, D_high) + (first * H + key_head) * K
-                at_D = (e % CHUNK)[:, None] * (H * K) + d[None, :]
+                source = tl.where(is_last, D_here, tl.where(i // CHUNK == 0, D, D_high) + (first * H + key_head) * K)
+                at_D = tl.where(is_last, e, e % CHUNK)[:, None] * tl.where(is_last, K, H * K) + d[None, :]
             else:
-                source = D + ((slot + 1) * HV + head) * (K * V)
+                source = D_here
                 at_D = e[:, None] * K + d[None, :]
-            dstate = tl.load(source + at_D, mask=in_state & (is_last == 0), other=0.0)
-            at_given = at_state + d[None, :] * V + e[:, None]
-            if INITIAL:
-                given = tl.load(initial + at_given, mask=in_state & is_first, other=0.0)
-                state += given.to(state.dtype)
-            if FINAL:
-                given = tl.load(dfinal + at_given, mask=in_state & is_last, other=0.0) * inverse_scale
-                dstate += given.to(dstate.dtype)
+            dstate = tl.load(source + at_D, mask=in_state & has_D, other=0.0)
 
             dPt = tl.dot(errors, tl.trans(douts), dPt, input_precision=PRECISION)
             dL = tl.dot(dws, tl.trans(errors), dL, input_precision=PRECISION)
@@ -184,15 +183,7 @@ def gradients(
                 in_state = in_v[:, None] & in_k[None, :]
                 douts = tl.load(do + at_values + e[None, :], mask=in_values, other=0.0)
                 errors = tl.load(E + at_values + e[None, :], mask=in_values, other=0.0)
-                state = tl.load(
-                    S + (slot * HV + head) * (K * V) + e[:, None] * K + d[None, :],
-                    mask=in_state & (is_first == 0),
-                    other=0.0,
-                )
-                if INITIAL:
-                    at_given = at_state + d[None, :] * V + e[:, None]
-                    given = tl.load(initial + at_given, mask=in_state & is_first, other=0.0)
-                    state += given.to(state.dtype)
+                state = tl.load(S_here + e[:, None] * K + d[None, :], mask=in_state & has_S, other=0.0)
                 dP = tl.dot(douts, tl.trans(errors), dP, input_precision=PRECISION)
                 dq_acc = tl.dot(douts, state, dq_acc, input_precision=PRECISION)
 

@@ -4,12 +4,13 @@
 
 X is strictly lower triangular, |X_ij| <= 1 for normalised keys and beta in [0, 2]. It is found without a loop over rows:
 
-     8 x  8   the series L - N L + N^2 L - ... (N = L diag(beta)) ends after 7 terms; by doubling, 4 products
-    16, 32, 64   X21 = (I - X2 diag(b2)) L21 (I - diag(b1) X1), 2 products a level
+     4 x 4            L - N L + N^2 L with N = L diag(beta): the series ends here, as N^3 L = 0
+     8, 16, 32, 64    X21 = (I - X2 diag(b2)) L21 (I - diag(b1) X1), level by level, in blocks of 16
 
-A series over more than 8 rows loses all digits for repeated keys at beta 2; over 8 it loses 7 bits of 22.
-Products of fp32 values run as three products of fp16 halves (high * high + high * low + low * high): 22 bits, for half of what
-tf32x3 costs, and safe because the values are bounded.
+Longer series lose digits for repeated keys (all of them over 64 rows), 4 rows lose none. The products run on tensor cores in fp16: with
+beta <= 1 everywhere in the chunk errors die out and 11 bits are what X is stored with; a chunk with a beta above 1, where they may
+grow, runs every product as three of fp16 halves (high * high + high * low + low * high), 22 bits. One warp owns a chunk, so nothing
+waits for another warp.
 """
 
 import triton
@@ -19,143 +20,95 @@ from deltanet.kernels.triton.tiles import CHUNK, find_part
 
 
 @triton.jit
-def product(a, b):
-    """a @ b for bounded fp32 values, to about 22 bits."""
+def product(a, b, sum, PRECISE: tl.constexpr):
+    """sum + a @ b for bounded fp32 values, to 11 bits or to about 22."""
     a_high = a.to(tl.float16)
     b_high = b.to(tl.float16)
-    a_low = (a - a_high.to(tl.float32)).to(tl.float16)
-    b_low = (b - b_high.to(tl.float32)).to(tl.float16)
-    return tl.dot(a_high, b_high, tl.dot(a_high, b_low, tl.dot(a_low, b_high)))
+    if PRECISE:
+        a_low = (a - a_high.to(tl.float32)).to(tl.float16)
+        b_low = (b - b_high.to(tl.float32)).to(tl.float16)
+        sum = tl.dot(a_high, b_low, tl.dot(a_low, b_high, sum))
+    return tl.dot(a_high, b_high, sum)
 
 
 @triton.jit
-def apart(x):
-    """[n, r, c] -> [n / 2, r, c] twice: the even blocks and the odd."""
-    x = tl.reshape(x, [x.shape[0] // 2, 2, x.shape[1], x.shape[2]])
-    return tl.split(tl.permute(x, [0, 2, 3, 1]))
+def solve_16(L, b_row, b_col, PRECISE: tl.constexpr):
+    """X of one 16 x 16 block: the series on its 4 x 4 blocks, then two merges."""
+    r, c = tl.arange(0, 16)[:, None], tl.arange(0, 16)[None, :]
+    L = tl.where(r > c, L, 0.0)
+    L4 = tl.where(r // 4 == c // 4, L, 0.0)
+    L8 = tl.where(r // 8 == c // 8, L, 0.0)
+    N = -L4 * b_col
+    NL = product(N, L4, tl.zeros([16, 16], tl.float32), PRECISE)
+    X = product(N, NL, L4 + NL, PRECISE)
+    left = L8 - L4
+    left = product(left, -b_row * X, left, PRECISE)
+    X = product(-X * b_col, left, X + left, PRECISE)
+    left = L - L8
+    left = product(left, -b_row * X, left, PRECISE)
+    return product(-X * b_col, left, X + left, PRECISE)
 
 
 @triton.jit
-def beside(a, b):
-    """[n, r, c] twice -> [n, r, 2 c]."""
-    x = tl.permute(tl.join(a, b), [0, 1, 3, 2])
-    return tl.reshape(x, [a.shape[0], a.shape[1], 2 * a.shape[2]])
+def decay_block(L, G, i: tl.constexpr, j: tl.constexpr, rows):
+    """Block (i, j) of the keys' products times e^(G_row - G_column); above the diagonal its mirror, which stays finite."""
+    r, c = i * 16 + tl.arange(0, 16)[:, None], j * 16 + tl.arange(0, 16)[None, :]
+    G_row = tl.load(G + r, mask=r < rows, other=0.0)
+    G_col = tl.load(G + c, mask=c < rows, other=0.0)
+    return L * tl.math.exp2(-tl.abs(G_row - G_col))
 
 
 @triton.jit
-def below(a, b):
-    """[n, r, c] twice -> [n, 2 r, c]."""
-    x = tl.permute(tl.join(a, b), [0, 3, 1, 2])
-    return tl.reshape(x, [a.shape[0], 2 * a.shape[1], a.shape[2]])
+def store(X, i: tl.constexpr, j: tl.constexpr, x, rows):
+    """Write block (i, j) where the packed layout has it: rows 0..31 are 32 wide, rows 32..63 are 64 wide."""
+    r, c = tl.arange(0, 16)[:, None], tl.arange(0, 16)[None, :]
+    if i < 2:
+        at = (i * 16 + r) * 32 + j * 16 + c
+    else:
+        at = 1024 + (i * 16 - 32 + r) * 64 + j * 16 + c
+    tl.store(X + at, x.to(X.dtype.element_ty), mask=i * 16 + r + c * 0 < rows)
 
 
 @triton.jit
-def inner_products(
-    k, G, rows, BLOCKS: tl.constexpr, SIZE: tl.constexpr, STEP: tl.constexpr, SHIFT: tl.constexpr, WIDTH: tl.constexpr,
-    H: tl.constexpr, K: tl.constexpr, GATED: tl.constexpr, PRECISION: tl.constexpr,
+def solve_64(
+    X, L00, L10, L11, L20, L21, L22, L30, L31, L32, L33, r0, r1, r2, r3, c0, c1, c2, c3, rows,
+    PRECISE: tl.constexpr,
 ):  # fmt: skip
-    """[BLOCKS, SIZE, SIZE]: decayed products of keys STEP n + SHIFT + i and STEP n + j, for block n."""
-    high = tl.arange(0, BLOCKS)[:, None, None] * STEP + SHIFT + tl.arange(0, SIZE)[None, :, None]
-    low = tl.arange(0, BLOCKS)[:, None, None] * STEP + tl.arange(0, SIZE)[None, :, None]
-    out = tl.zeros([BLOCKS, SIZE, SIZE], tl.float32)
-    for i in range(0, K, WIDTH):
-        d = i + tl.arange(0, WIDTH)[None, None, :]
-        a = tl.load(k + high * (H * K) + d, mask=(high < rows) & (d < K), other=0.0)
-        b = a if SHIFT == 0 else tl.load(k + low * (H * K) + d, mask=(low < rows) & (d < K), other=0.0)
-        out = tl.dot(a, tl.permute(b, [0, 2, 1]), out, input_precision=PRECISION)
-    if GATED:
-        at = tl.arange(0, BLOCKS)[:, None, None] * STEP + tl.arange(0, SIZE)[None, None, :]
-        G_high = tl.load(G + high, mask=high < rows, other=0.0)
-        G_low = tl.load(G + at, mask=at < rows, other=0.0)
-        out *= tl.math.exp2(-tl.abs(G_high - G_low))  # G falls, so below the diagonal this is the decay; above, its mirror
-    return out
+    """Solve and write a chunk from the blocks of L and the betas of each block of rows, as columns (r) and as rows (c)."""
+    X00 = solve_16(L00, r0, c0, PRECISE)
+    X11 = solve_16(L11, r1, c1, PRECISE)
+    X22 = solve_16(L22, r2, c2, PRECISE)
+    X33 = solve_16(L33, r3, c3, PRECISE)
 
+    # 32 x 32
+    L10 = product(L10, -r0 * X00, L10, PRECISE)
+    X10 = product(-X11 * c1, L10, L10, PRECISE)
+    L32 = product(L32, -r2 * X22, L32, PRECISE)
+    X32 = product(-X33 * c3, L32, L32, PRECISE)
 
-@triton.jit
-def inner_products_64(k, G, rows, WIDTH: tl.constexpr, H: tl.constexpr, K: tl.constexpr, GATED: tl.constexpr, PRECISION: tl.constexpr):
-    """[32, 32]: decayed products of keys 32 + i and j. A batch of one would have every warp do the same work, so no batch."""
-    low = tl.arange(0, 32)[:, None]
-    out = tl.zeros([32, 32], tl.float32)
-    for i in range(0, K, WIDTH):
-        d = i + tl.arange(0, WIDTH)[None, :]
-        a = tl.load(k + (32 + low) * (H * K) + d, mask=(32 + low < rows) & (d < K), other=0.0)
-        b = tl.load(k + low * (H * K) + d, mask=(low < rows) & (d < K), other=0.0)
-        out = tl.dot(a, tl.trans(b), out, input_precision=PRECISION)
-    if GATED:
-        at = tl.arange(0, 32)[None, :]
-        out *= tl.math.exp2(-tl.abs(tl.load(G + 32 + low, mask=32 + low < rows, other=0.0) - tl.load(G + at, mask=at < rows, other=0.0)))
-    return out
+    # 64 x 64: first all of (...) (I - diag(b) X) on the right, then (I - X diag(b)) on the left
+    L20 = product(L21, -r1 * X10, product(L20, -r0 * X00, L20, PRECISE), PRECISE)
+    L30 = product(L31, -r1 * X10, product(L30, -r0 * X00, L30, PRECISE), PRECISE)
+    L21 = product(L21, -r1 * X11, L21, PRECISE)
+    L31 = product(L31, -r1 * X11, L31, PRECISE)
+    X20 = product(-X22 * c2, L20, L20, PRECISE)
+    X21 = product(-X22 * c2, L21, L21, PRECISE)
+    X30 = product(-X33 * c3, L30, product(-X32 * c2, L20, L30, PRECISE), PRECISE)
+    X31 = product(-X33 * c3, L31, product(-X32 * c2, L21, L31, PRECISE), PRECISE)
 
-
-@triton.jit
-def by_series(L16, br, bc):
-    """X of 16 x 16 blocks: the series on their 8 x 8 blocks by doubling, then one level of merging."""
-    r16, c16 = tl.arange(0, 16)[None, :, None], tl.arange(0, 16)[None, None, :]
-    L8 = tl.where(r16 // 8 == c16 // 8, L16, 0.0)
-    L_2 = product(L8 * bc, L8)  # N L, so N^2 = N L diag(beta)
-    X8 = L8 - L_2
-    L_4 = product(L_2 * bc, L_2)
-    X8 += product(L_2 * bc, X8)
-    X8 += product(L_4 * bc, X8)
-    left = L16 - L8
-    left -= product(left, br * X8)
-    return X8 + left - product(X8 * bc, left)
-
-
-@triton.jit
-def four_apart(x):
-    """[n, m, 4] -> its four columns."""
-    even, odd = tl.split(tl.reshape(x, [x.shape[0], x.shape[1], 2, 2]))
-    a, c = tl.split(even)
-    b, d = tl.split(odd)
-    return a, b, c, d
-
-
-@triton.jit
-def by_columns(K16, scratch, beta, rows, HV: tl.constexpr):
-    """X of 16 x 16 blocks by forward substitution, a column a thread; the coefficients of a row come from memory, four at a time.
-
-    K16 is K K^T with its upper half, which by symmetry hands each thread its own column as a row.
-    """
-    block, r16, c16 = tl.arange(0, 4)[:, None, None] * 16, tl.arange(0, 16)[None, :, None], tl.arange(0, 16)[None, None, :]
-    tl.store(scratch + (block + r16) * 16 + c16, K16, mask=block + r16 < rows)
-    tl.debug_barrier()
-    column = tl.arange(0, 16)[None, :, None]
-    by4 = tl.arange(0, 4)[None, None, :]
-    b2 = tl.arange(0, 4)[:, None] * 16
-    col = tl.arange(0, 16)[None, :]
-    own = ()
-    for m in tl.static_range(4):
-        own = own + four_apart(tl.load(scratch + (block + column) * 16 + m * 4 + by4, mask=block + column + by4 * 0 < rows, other=0.0))
-    xs = ()
-    ys = ()
-    for i in tl.static_range(16):
-        x = tl.where(i > col, own[i], 0.0)
-        for m in tl.static_range((i + 3) // 4):
-            at = scratch + (block + i) * 16 + m * 4 + by4 + column * 0
-            c = four_apart(tl.load(at, mask=block + i + column * 0 + by4 * 0 < rows, other=0.0))
-            for j in tl.static_range(4):
-                if m * 4 + j < i:
-                    x -= c[j] * ys[m * 4 + j]
-        b = tl.load(beta + (b2 + i + col * 0) * HV, mask=b2 + i + col * 0 < rows, other=0.0).to(tl.float32)
-        xs = xs + (x,)
-        ys = ys + (x * b,)
-    tl.debug_barrier()  # the scratch is where X will be written
-    return tl.permute(gather16(xs), [0, 2, 1])
-
-
-@triton.jit
-def gather16(xs):
-    """16 tensors [n, m] -> [n, m, 16]."""
-    a = ()
-    for i in tl.static_range(8):
-        a = a + (tl.join(xs[i], xs[i + 8]),)
-    b = ()
-    for i in tl.static_range(4):
-        b = b + (tl.join(a[i], a[i + 4]),)
-    lower = tl.join(b[0], b[2])
-    upper = tl.join(b[1], b[3])
-    return tl.reshape(tl.join(lower, upper), [xs[0].shape[0], xs[0].shape[1], 16])
+    zero = tl.zeros([16, 16], tl.float32)
+    store(X, 0, 0, X00, rows)
+    store(X, 0, 1, zero, rows)
+    store(X, 1, 0, X10, rows)
+    store(X, 1, 1, X11, rows)
+    store(X, 2, 0, X20, rows)
+    store(X, 2, 1, X21, rows)
+    store(X, 2, 2, X22, rows)
+    store(X, 2, 3, zero, rows)
+    store(X, 3, 0, X30, rows)
+    store(X, 3, 1, X31, rows)
+    store(X, 3, 2, X32, rows)
+    store(X, 3, 3, X33, rows)
 
 
 @triton.jit(do_not_specialize=["T", "N", "steps", "tokens"])
@@ -166,7 +119,6 @@ def transform(
     strength,  # [HV, tokens] fp32 out: beta, side by side for the kernels that follow
     G,  # [HV, tokens] fp32 out, gated only: the sum of g inside the chunk, in powers of two
     X,  # [HV, tokens * 48] out: of each chunk rows 0..31 as 32 columns, then rows 32..63 as 64
-    X_low,  # the same shape: what rounding X left over (REST only)
     cu_seqlens,
     N,
     steps,
@@ -177,9 +129,7 @@ def transform(
     K: tl.constexpr,
     PACKED: tl.constexpr,
     GATED: tl.constexpr,
-    REST: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    LATE: tl.constexpr,
+    ALWAYS_PRECISE: tl.constexpr,
     WIDTH: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -202,49 +152,58 @@ def transform(
         tl.store(G + t, tl.cumsum(steps_g, 0), mask=t < rows)
         tl.debug_barrier()  # read back below, by other threads
 
-    four, two = tl.arange(0, 4)[:, None, None] * 16, tl.arange(0, 2)[:, None, None] * 32
-    r16, c16 = tl.arange(0, 16)[None, :, None], tl.arange(0, 16)[None, None, :]
-    r32, c32 = tl.arange(0, 32)[:, None], tl.arange(0, 32)[None, :]
-    L16 = inner_products(k, G, rows, 4, 16, 16, 0, WIDTH, H, K, GATED, PRECISION)
-    if not LATE:
-        L32 = inner_products(k, G, rows, 2, 16, 32, 16, WIDTH, H, K, GATED, PRECISION)
-        L64 = inner_products_64(k, G, rows, WIDTH, H, K, GATED, PRECISION)
-    br = tl.load(beta + (four + r16) * HV, mask=four + r16 < rows, other=0.0).to(tl.float32)
-    bc = tl.load(beta + (four + c16) * HV, mask=four + c16 < rows, other=0.0).to(tl.float32)
-    if COLUMNS:
-        X16 = by_columns(L16, (X + along * 48).to(tl.pointer_type(tl.float32)), beta, rows, HV)
-    else:
-        X16 = by_series(tl.where(r16 > c16, L16, 0.0), br, bc)
+    r = tl.arange(0, 16)
+    zero = tl.zeros([16, 16], tl.float32)
+    L00, L10, L11, L20, L21 = zero, zero, zero, zero, zero
+    L22, L30, L31, L32, L33 = zero, zero, zero, zero, zero
+    for i in range(0, K, WIDTH):
+        d = i + tl.arange(0, WIDTH)[None, :]
+        at = k + r[:, None] * (H * K) + d
+        k0 = tl.load(at, mask=(r < rows)[:, None] & (d < K), other=0.0)
+        k1 = tl.load(at + 16 * H * K, mask=(r + 16 < rows)[:, None] & (d < K), other=0.0)
+        k2 = tl.load(at + 32 * H * K, mask=(r + 32 < rows)[:, None] & (d < K), other=0.0)
+        k3 = tl.load(at + 48 * H * K, mask=(r + 48 < rows)[:, None] & (d < K), other=0.0)
+        L00 = tl.dot(k0, tl.trans(k0), L00, input_precision=PRECISION)
+        L10 = tl.dot(k1, tl.trans(k0), L10, input_precision=PRECISION)
+        L11 = tl.dot(k1, tl.trans(k1), L11, input_precision=PRECISION)
+        L20 = tl.dot(k2, tl.trans(k0), L20, input_precision=PRECISION)
+        L21 = tl.dot(k2, tl.trans(k1), L21, input_precision=PRECISION)
+        L22 = tl.dot(k2, tl.trans(k2), L22, input_precision=PRECISION)
+        L30 = tl.dot(k3, tl.trans(k0), L30, input_precision=PRECISION)
+        L31 = tl.dot(k3, tl.trans(k1), L31, input_precision=PRECISION)
+        L32 = tl.dot(k3, tl.trans(k2), L32, input_precision=PRECISION)
+        L33 = tl.dot(k3, tl.trans(k3), L33, input_precision=PRECISION)
+    if GATED:
+        L00 = decay_block(L00, G, 0, 0, rows)
+        L10 = decay_block(L10, G, 1, 0, rows)
+        L11 = decay_block(L11, G, 1, 1, rows)
+        L20 = decay_block(L20, G, 2, 0, rows)
+        L21 = decay_block(L21, G, 2, 1, rows)
+        L22 = decay_block(L22, G, 2, 2, rows)
+        L30 = decay_block(L30, G, 3, 0, rows)
+        L31 = decay_block(L31, G, 3, 1, rows)
+        L32 = decay_block(L32, G, 3, 2, rows)
+        L33 = decay_block(L33, G, 3, 3, rows)
 
-    # 32 x 32
-    if LATE:
-        L32 = inner_products(k, G, rows, 2, 16, 32, 16, WIDTH, H, K, GATED, PRECISION)
-    br = tl.load(beta + (two + r16) * HV, mask=two + r16 < rows, other=0.0).to(tl.float32)
-    bc = tl.load(beta + (two + 16 + c16) * HV, mask=two + 16 + c16 < rows, other=0.0).to(tl.float32)
-    X_even, X_odd = apart(X16)
-    L32 -= product(L32, br * X_even)
-    L32 -= product(X_odd * bc, L32)
-    X32 = below(beside(X_even, tl.zeros([2, 16, 16], tl.float32)), beside(L32, X_odd))
-
-    # 64 x 64
-    if LATE:
-        L64 = inner_products_64(k, G, rows, WIDTH, H, K, GATED, PRECISION)
-    br = tl.load(beta + r32 * HV, mask=r32 < rows, other=0.0).to(tl.float32)
-    bc = tl.load(beta + (32 + c32) * HV, mask=32 + c32 < rows, other=0.0).to(tl.float32)
-    X_top, X_bottom = tl.split(tl.permute(X32, [1, 2, 0]))
-    L64 -= product(L64, br * X_top)
-    L64 -= product(X_bottom * bc, L64)
-
+    r0 = tl.load(beta + r * HV, mask=r < rows, other=0.0).to(tl.float32)[:, None]
+    r1 = tl.load(beta + (r + 16) * HV, mask=r + 16 < rows, other=0.0).to(tl.float32)[:, None]
+    r2 = tl.load(beta + (r + 32) * HV, mask=r + 32 < rows, other=0.0).to(tl.float32)[:, None]
+    r3 = tl.load(beta + (r + 48) * HV, mask=r + 48 < rows, other=0.0).to(tl.float32)[:, None]
+    c0 = tl.load(beta + r * HV, mask=r < rows, other=0.0).to(tl.float32)[None, :]
+    c1 = tl.load(beta + (r + 16) * HV, mask=r + 16 < rows, other=0.0).to(tl.float32)[None, :]
+    c2 = tl.load(beta + (r + 32) * HV, mask=r + 32 < rows, other=0.0).to(tl.float32)[None, :]
+    c3 = tl.load(beta + (r + 48) * HV, mask=r + 48 < rows, other=0.0).to(tl.float32)[None, :]
     X += along * 48
-    X_low += along * 48
-    store(X, X_low, r32 * 32 + c32, X_top, r32 < rows, REST)
-    store(X, X_low, 1024 + r32 * 64 + c32, L64, r32 + 32 < rows, REST)
-    store(X, X_low, 1056 + r32 * 64 + c32, X_bottom, r32 + 32 < rows, REST)
-
-
-@triton.jit
-def store(X, X_low, at, x, mask, REST: tl.constexpr):
-    high = x.to(X.dtype.element_ty)
-    tl.store(X + at, high, mask=mask)
-    if REST:
-        tl.store(X_low + at, (x - high.to(tl.float32)).to(X.dtype.element_ty), mask=mask)
+    largest = tl.max(tl.maximum(tl.maximum(c0, c1), tl.maximum(c2, c3)))
+    if ALWAYS_PRECISE:
+        solve_64(
+            X, L00, L10, L11, L20, L21, L22, L30, L31, L32, L33, r0, r1, r2, r3, c0, c1, c2, c3, rows, True
+        )  # fmt: skip
+    elif largest > 1.0:
+        solve_64(
+            X, L00, L10, L11, L20, L21, L22, L30, L31, L32, L33, r0, r1, r2, r3, c0, c1, c2, c3, rows, True
+        )  # fmt: skip
+    else:
+        solve_64(
+            X, L00, L10, L11, L20, L21, L22, L30, L31, L32, L33, r0, r1, r2, r3, c0, c1, c2, c3, rows, False
+        )  # fmt: skip
