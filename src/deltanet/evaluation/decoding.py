@@ -124,7 +124,7 @@ class AttentionModel(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.heads = config.layers[0].heads
+        self.heads = getattr(config.layers[0], "heads", 1)  # a Mamba mixer has none
         self.embeddings = nn.Embedding(config.vocab_size, config.d_model)
         self.layers = nn.ModuleList(AttentionBlock(config, self.heads) for _ in range(config.depth))
         self.norm = RMSNorm(config.d_model, config.norm_eps)

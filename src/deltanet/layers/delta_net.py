@@ -15,9 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from deltanet.layers.mixer import Mixer
 from deltanet.layers.norm import RMSNorm, l2_normalize, sum_normalize, widen
 from deltanet.layers.short_conv import ShortConv
-from deltanet.ops import chunk_delta_rule, pack, recurrent_delta_rule
+from deltanet.ops import chunk_delta_rule, recurrent_delta_rule
 
 __all__ = ["DeltaNet", "DeltaNetConfig", "DeltaNetState"]
 
@@ -77,21 +78,21 @@ class DeltaNetConfig:
         if not 0 < self.norm_eps < 1:
             raise ValueError(f"norm_eps must be between 0 and 1, got {self.norm_eps}")
 
-    def build(self, d_model: int, **options: str) -> "DeltaNet":
+    def build(self, d_model: int, *, backend: str = "auto", memory: str = "states") -> "DeltaNet":
         """The layer for a model of width `d_model`."""
-        return DeltaNet(d_model, self, **options)
+        return DeltaNet(d_model, self, backend=backend, memory=memory)
 
 
 class DeltaNetState(NamedTuple):
     """What a DeltaNet layer remembers of N sequences: constant in size, however long they were."""
 
     q_tail: Tensor  # [N, short_conv - 1, H * K] last inputs of the convolutions; no rows without convolution
-    k_tail: Tensor  # [N, short_conv - 1, H * K]
-    v_tail: Tensor  # [N, short_conv - 1, HV * V]
+    k_tail: Tensor  # [N, short_conv - 1, steps * H * K]
+    v_tail: Tensor  # [N, short_conv - 1, steps * HV * V]
     memory: Tensor  # [N, HV, K, V] fast weights, fp32
 
 
-class DeltaNet(nn.Module):
+class DeltaNet(Mixer):
     """The DeltaNet token mixer, `[B, T, d_model]` -> `[B, T, d_model]`.
 
     >>> layer = DeltaNet(512, DeltaNetConfig(heads=4))
@@ -104,17 +105,24 @@ class DeltaNet(nn.Module):
         config: the layer's options.
         backend: who runs the delta rule, see `deltanet.explain`.
         memory: "states" or "lean", see `chunk_delta_rule`.
+        steps: delta-rule steps of one token, each with its own k, v and beta (`DeltaProduct`).
     """
 
     def __init__(
-        self, d_model: int, config: DeltaNetConfig | None = None, *, backend: str = "auto", memory: str = "states"
+        self,
+        d_model: int,
+        config: DeltaNetConfig | None = None,
+        *,
+        backend: str = "auto",
+        memory: str = "states",
+        steps: int = 1,
     ) -> None:
-        super().__init__()
+        super().__init__(d_model)
         config = DeltaNetConfig() if config is None else config
         if config.head_dim is None and d_model % config.heads:
             raise ValueError(f"heads must divide d_model = {d_model}, got {config.heads}; or give head_dim")
         self.config, self.backend, self.memory = config, backend, memory
-        self.d_model, self.heads = d_model, config.heads
+        self.heads, self.steps = config.heads, steps
         self.value_heads = config.value_heads or config.heads
         self.key_dim = config.head_dim or d_model // config.heads
         self.value_dim = round(self.key_dim * config.expand_v)
@@ -122,60 +130,29 @@ class DeltaNet(nn.Module):
             raise ValueError(f"expand_v = {config.expand_v} leaves no value dimension for head_dim {self.key_dim}")
         keys, values = self.heads * self.key_dim, self.value_heads * self.value_dim
         self.q_proj = nn.Linear(d_model, keys, bias=False)
-        self.k_proj = nn.Linear(d_model, keys, bias=False)
-        self.v_proj = nn.Linear(d_model, values, bias=False)
-        self.b_proj = nn.Linear(d_model, self.value_heads, bias=False)
+        self.k_proj = nn.Linear(d_model, steps * keys, bias=False)
+        self.v_proj = nn.Linear(d_model, steps * values, bias=False)
+        self.b_proj = nn.Linear(d_model, steps * self.value_heads, bias=False)
         if config.short_conv:
             self.q_conv = ShortConv(keys, config.short_conv)
-            self.k_conv = ShortConv(keys, config.short_conv)
-            self.v_conv = ShortConv(values, config.short_conv)
+            self.k_conv = ShortConv(steps * keys, config.short_conv)
+            self.v_conv = ShortConv(steps * values, config.short_conv)
         if config.output_gate:
             self.g_proj = nn.Linear(d_model, values, bias=False)
         self.o_norm = RMSNorm(self.value_dim, config.norm_eps)
         self.o_proj = nn.Linear(values, d_model, bias=False)
 
-    def forward(
-        self,
-        x: Tensor,
-        state: DeltaNetState | None = None,
-        *,
-        cu_seqlens: Tensor | None = None,
-        mask: Tensor | None = None,
+    def mix(
+        self, x: Tensor, state: DeltaNetState | None, cu_seqlens: Tensor | None
     ) -> tuple[Tensor, DeltaNetState | None]:
-        """Mix tokens `x` `[B, T, d_model]`.
-
-        Args:
-            state: where the sequences stand, from `init_state` or an earlier call; None starts afresh and returns none.
-            cu_seqlens: `[N + 1]` boundaries of packed sequences (then B = 1); nothing passes between them.
-            mask: `[B, T]` bool, true at real tokens. Padding anywhere changes nothing: it is skipped, and comes out as zero.
-
-        Returns:
-            y `[B, T, d_model]`, and the new state if one was given.
-        """
-        if x.ndim != 3 or x.shape[-1] != self.d_model:
-            raise ValueError(f"x must be [B, T, d_model] = [B, T, {self.d_model}], got {list(x.shape)}")
-        if mask is not None:
-            if cu_seqlens is not None:
-                raise ValueError("give mask or cu_seqlens, not both: packed sequences have no padding")
-            packed = pack(mask, (x.shape[0], x.shape[1]))
-            y, state = self(packed.gather(x), state, cu_seqlens=packed.cu_seqlens)
-            return packed.scatter(y), state
-
         tails: tuple[Tensor | None, ...] = state or (None, None, None, None)
         q, q_tail = self._convolve("q_conv", self.q_proj(x), tails[0], cu_seqlens)
         k, k_tail = self._convolve("k_conv", self.k_proj(x), tails[1], cu_seqlens)
         v, v_tail = self._convolve("v_conv", self.v_proj(x), tails[2], cu_seqlens)
         q, k = (self._features(z) for z in (q, k))
-        v = F.silu(v).unflatten(-1, (self.value_heads, self.value_dim))
+        v = F.silu(v).unflatten(-1, (-1, self.value_dim))
         beta = widen(self.b_proj(x)).sigmoid() * (2 if self.config.negative_eigenvalues else 1)
-
-        # One token is a step of the recurrence; everything longer goes by chunks.
-        rule = recurrent_delta_rule if x.shape[1] == 1 and cu_seqlens is None else chunk_delta_rule
-        o, memory = rule(
-            q, k, v, beta,
-            initial_state=tails[3], output_final_state=state is not None,
-            cu_seqlens=cu_seqlens, memory=self.memory, backend=self.backend,
-        )  # fmt: skip
+        o, memory = self._apply_rule(q, k, v, beta, self.log_decay(x), tails[3], state is not None, cu_seqlens)
         o = self.o_norm(o)
         if self.config.output_gate:
             o = o * F.silu(self.g_proj(x)).unflatten(-1, (self.value_heads, self.value_dim))
@@ -184,6 +161,36 @@ class DeltaNet(nn.Module):
             return y, None
         return y, DeltaNetState(q_tail, k_tail, v_tail, memory)
 
+    def log_decay(self, x: Tensor) -> Tensor | None:
+        """g `[B, T, HV]` of the gated rule; None, as here, for the plain one."""
+        return None
+
+    def _apply_rule(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        beta: Tensor,
+        g: Tensor | None,
+        memory: Tensor | None,
+        remember: bool,
+        cu_seqlens: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """o `[B, T, HV, V]` and the new memory. k, v and beta hold the heads of a token's first step, then of its second, ..."""
+        T, steps = q.shape[1], self.steps
+        # One token is a step of the recurrence; everything longer goes by chunks.
+        rule = recurrent_delta_rule if T == 1 and cu_seqlens is None else chunk_delta_rule
+        if steps > 1:  # a token becomes `steps` tokens, of which the last has the query and is read
+            q = F.pad(q[:, :, None], (0, 0, 0, 0, steps - 1, 0)).flatten(1, 2)
+            k, v, beta = (z.unflatten(2, (steps, -1)).flatten(1, 2) for z in (k, v, beta))
+            cu_seqlens = None if cu_seqlens is None else cu_seqlens * steps
+        o, memory = rule(
+            q, k, v, beta, g,
+            initial_state=memory, output_final_state=remember,
+            cu_seqlens=cu_seqlens, memory=self.memory, backend=self.backend,
+        )  # fmt: skip
+        return (o[:, steps - 1 :: steps] if steps > 1 else o), memory
+
     def _convolve(
         self, name: str, x: Tensor, tail: Tensor | None, cu_seqlens: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
@@ -191,7 +198,7 @@ class DeltaNet(nn.Module):
 
     def _features(self, x: Tensor) -> Tensor:
         x = FEATURE_MAPS[self.config.feature_map](x)
-        return NORMS[self.config.qk_norm](x.unflatten(-1, (self.heads, self.key_dim)))
+        return NORMS[self.config.qk_norm](x.unflatten(-1, (-1, self.key_dim)))
 
     def init_state(
         self, batch: int = 1, device: torch.device | None = None, dtype: torch.dtype | None = None
@@ -204,8 +211,8 @@ class DeltaNet(nn.Module):
         memory = torch.float64 if dtype == torch.float64 else torch.float32
         return DeltaNetState(
             torch.zeros(batch, past, keys, device=device, dtype=dtype),
-            torch.zeros(batch, past, keys, device=device, dtype=dtype),
-            torch.zeros(batch, past, values, device=device, dtype=dtype),
+            torch.zeros(batch, past, self.steps * keys, device=device, dtype=dtype),
+            torch.zeros(batch, past, self.steps * values, device=device, dtype=dtype),
             torch.zeros(batch, self.value_heads, self.key_dim, self.value_dim, device=device, dtype=memory),
         )
 
@@ -214,5 +221,5 @@ class DeltaNet(nn.Module):
         linears = 2 * sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
         convs = sum(m.flops_per_token(context) for m in self.modules() if isinstance(m, ShortConv))
         C, K, V = 64, self.key_dim, self.value_dim
-        rule = self.value_heads * (4 * C * K + 4 * C * V + 6 * K * V)
+        rule = self.steps * self.value_heads * (4 * C * K + 4 * C * V + 6 * K * V)
         return linears + convs + rule

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = ["concatenate", "reorder", "snapshot", "state_bytes"]
@@ -30,8 +31,18 @@ def reorder(state: State, index: Tensor) -> State:
 
 
 def concatenate(states: Sequence[State]) -> State:
-    """One batch out of several: sequences of `states[0]`, then of `states[1]`, ..."""
-    return _map(lambda *parts: torch.cat(parts), *states)
+    """One batch out of several: sequences of `states[0]`, then of `states[1]`, ...
+
+    Caches, whose rows `[N, L, ...]` end with the newest token, are filled up in front to the longest.
+    """
+    return _map(_stack, *states)
+
+
+def _stack(*parts: Tensor) -> Tensor:
+    if all(part.shape[1:] == parts[0].shape[1:] for part in parts):
+        return torch.cat(parts)
+    rows = max(part.shape[1] for part in parts)
+    return torch.cat([F.pad(x, (0, 0) * (x.ndim - 2) + (rows - x.shape[1], 0)) for x in parts])
 
 
 def state_bytes(state: Any) -> int:

@@ -1,34 +1,51 @@
 """The language model: embeddings, pre-norm blocks of a mixer and SwiGLU, a final norm, a linear head. No training in here.
 
-    x <- x + mixer(RMSNorm(x));   x <- x + feed_forward(RMSNorm(x))
+    x <- x + mixer(RMSNorm(x));   x <- x + feed_forward(RMSNorm(x))        (a Mamba block: x <- x + second_mixer(RMSNorm(x)))
 
-Source: the Llama block with its attention replaced (Yang et al. 2024, arXiv 2406.06484, section 3.3). There are no position embeddings.
+Source: the Llama block with its attention replaced (Yang et al. 2024, arXiv 2406.06484, section 3.3). There are no position embeddings
+beside those of a mixer's own.
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, TypeAlias, cast
+from typing import Any, TypeAlias, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from deltanet.layers import DeltaNetConfig, FeedForward, RMSNorm, ShortConv, state_bytes, widen
+from deltanet.layers import (
+    AttentionConfig,
+    DeltaNetConfig,
+    DeltaProductConfig,
+    FeedForward,
+    GatedDeltaNetConfig,
+    GatedLinearAttentionConfig,
+    MambaConfig,
+    Mixer,
+    RetNetConfig,
+    RMSNorm,
+    ShortConv,
+    widen,
+)
 from deltanet.ops import pack
 
 __all__ = ["Block", "LanguageModel", "MixerConfig", "ModelConfig"]
 
 LOGITS = 2**24  # most logits held at a time when losses are computed: 64 MiB in fp32
 
-State: TypeAlias = tuple[Any, ...]  # one mixer state per block
+State: TypeAlias = tuple[Any, ...]  # one state per block
 
-
-class MixerConfig(Protocol):
-    """The configuration of a token mixer: a name for files and the command line, and how to build one."""
-
-    kind: ClassVar[str]
-
-    def build(self, d_model: int, **options: str) -> nn.Module: ...
+# Each has a `kind`, its name in files, and `build(d_model, backend=..., memory=...)`, which makes the mixer.
+MixerConfig: TypeAlias = (
+    DeltaNetConfig
+    | GatedDeltaNetConfig
+    | DeltaProductConfig
+    | AttentionConfig
+    | GatedLinearAttentionConfig
+    | RetNetConfig
+    | MambaConfig
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +58,7 @@ class ModelConfig:
     """Width of the residual stream."""
     depth: int = 3
     """Number of blocks."""
-    layers: tuple[DeltaNetConfig, ...] = (DeltaNetConfig(heads=2),)
+    layers: tuple[MixerConfig, ...] = (DeltaNetConfig(heads=2),)
     """Mixers of the blocks: a pattern that is repeated over depth, which must be a multiple of its length."""
     feed_forward: int | None = None
     """Hidden width of the SwiGLU layers; 8/3 of d_model rounded up to a multiple of 256 if not given."""
@@ -66,19 +83,38 @@ class ModelConfig:
 
 
 class Block(nn.Module):
-    """x + mixer(norm(x)), then x + feed_forward(norm(x))."""
+    """x + mixer(norm(x)), then x + feed_forward(norm(x)); with a Mamba mixer, a second one instead of the feed-forward layer."""
 
     def __init__(self, config: ModelConfig, mixer: MixerConfig, **options: str) -> None:
         super().__init__()
         self.mixer_norm = RMSNorm(config.d_model, config.norm_eps)
-        self.mixer: Any = mixer.build(config.d_model, **options)
-        self.feed_forward_norm = RMSNorm(config.d_model, config.norm_eps)
-        self.feed_forward = FeedForward(config.d_model, config.feed_forward)
+        self.mixer: Mixer = mixer.build(config.d_model, **options)
+        self.paired = isinstance(mixer, MambaConfig)
+        if self.paired:
+            self.second_mixer_norm = RMSNorm(config.d_model, config.norm_eps)
+            self.second_mixer: Mixer = mixer.build(config.d_model, **options)
+        else:
+            self.feed_forward_norm = RMSNorm(config.d_model, config.norm_eps)
+            self.feed_forward = FeedForward(config.d_model, config.feed_forward)
 
     def forward(self, x: Tensor, state: Any = None, cu_seqlens: Tensor | None = None) -> tuple[Tensor, Any]:
-        mixed, state = self.mixer(self.mixer_norm(x), state, cu_seqlens=cu_seqlens)
+        first, second = state if self.paired and state is not None else (state, None)
+        mixed, first = self.mixer(self.mixer_norm(x), first, cu_seqlens=cu_seqlens)
         x = x + mixed
-        return x + self.feed_forward(self.feed_forward_norm(x)), state
+        if not self.paired:
+            return x + self.feed_forward(self.feed_forward_norm(x)), first
+        mixed, second = self.second_mixer(self.second_mixer_norm(x), second, cu_seqlens=cu_seqlens)
+        return x + mixed, None if state is None else (first, second)
+
+    def init_state(self, batch: int, device: torch.device | None, dtype: torch.dtype | None) -> Any:
+        """The mixer's state; of two mixers, both."""
+        first = self.mixer.init_state(batch, device, dtype)
+        return (first, self.second_mixer.init_state(batch, device, dtype)) if self.paired else first
+
+    def flops_per_token(self, context: int) -> int:
+        """Forward FLOPs of one token in sequences of `context` tokens."""
+        second = self.second_mixer if self.paired else self.feed_forward
+        return self.mixer.flops_per_token(context) + second.flops_per_token(context)
 
 
 class LanguageModel(nn.Module):
@@ -104,7 +140,8 @@ class LanguageModel(nn.Module):
             self.init_weights()
 
     def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """All matrices N(0, init_std), those that write to the residual stream scaled by 1/sqrt(2 * depth); norms 1; convolutions as nn.Conv1d.
+        """All matrices N(0, init_std), those that write to the residual stream scaled by 1/sqrt(2 * depth); norms 1; biases 0;
+        convolutions as nn.Conv1d; what else a mixer has, its own way.
 
         The scaling keeps the residual stream's variance independent of depth (Radford et al. 2019, GPT-2).
         """
@@ -112,9 +149,14 @@ class LanguageModel(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.normal_(module.weight, std=std, generator=generator)
+                if isinstance(module, nn.Linear) and module.bias is not None:
+                    nn.init.zeros_(module.bias)
             elif isinstance(module, RMSNorm):
                 nn.init.ones_(module.weight)
             elif isinstance(module, ShortConv):
+                module.reset_parameters(generator)
+        for module in self.modules():  # after the matrices, some of which a mixer begins otherwise
+            if isinstance(module, Mixer):
                 module.reset_parameters(generator)
         with torch.no_grad():
             for name, weight in self.named_parameters():
@@ -186,7 +228,7 @@ class LanguageModel(nn.Module):
 
     def init_state(self, batch: int = 1, device: torch.device | None = None, dtype: torch.dtype | None = None) -> State:
         """The state of `batch` sequences that have not begun."""
-        return tuple(block.mixer.init_state(batch, device, dtype) for block in self._blocks())
+        return tuple(block.init_state(batch, device, dtype) for block in self._blocks())
 
     def _blocks(self) -> list[Block]:
         return cast(list[Block], list(self.layers))
@@ -197,9 +239,10 @@ class LanguageModel(nn.Module):
 
     def flops_per_token(self, context: int) -> int:
         """FLOPs of training on one token, forward and backward (twice the forward), in sequences of `context` tokens."""
-        blocks = sum(b.mixer.flops_per_token(context) + b.feed_forward.flops_per_token(context) for b in self._blocks())
+        blocks = sum(block.flops_per_token(context) for block in self._blocks())
         return 3 * (blocks + 2 * self.lm_head.weight.numel())
 
-    def state_bytes(self, batch: int = 1) -> int:
-        """Bytes that the state of `batch` sequences takes, however long they are."""
-        return state_bytes(self.init_state(batch, torch.device("meta")))
+    def state_bytes(self, batch: int = 1, context: int = 0) -> int:
+        """Bytes that the state of `batch` sequences takes after `context` tokens, on which it depends with full attention alone."""
+        mixers = [module for module in self.modules() if isinstance(module, Mixer)]
+        return sum(mixer.state_bytes(batch, context) for mixer in mixers)

@@ -1,0 +1,84 @@
+"""Sequences cut into chunks, so that what happens inside chunks runs for all of them at once and only the state passes from one to the next.
+
+Chunks never cross packed sequences; the last one of a sequence is filled up with empty tokens, which are zero in every tensor.
+They lie in steps: first the first chunk of every sequence, then the second of those that have one, and so on.
+"""
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["Chunks"]
+
+
+@dataclass(frozen=True, eq=False)
+class Chunks:
+    """Where the M chunks of C tokens of a batch `[B, T]` lie."""
+
+    batch: int
+    tokens: int
+    size: int  # C, a power of two
+    steps: list[int]  # how many sequences have a first chunk, a second, ...; their sum is M
+    index: Tensor | None = (
+        None  # [M, C] the token of each place, T where there is none; None: not packed, all equally long
+    )
+    order: Tensor | None = None  # [N] packed sequences from longest to shortest, in which steps count them
+
+    @staticmethod
+    def of(x: Tensor, cu_seqlens: Tensor | None, limit: int) -> "Chunks":
+        """The chunks of x `[B, T, ...]`, of at most `limit` tokens (a power of two) and no longer than the sequences need."""
+        B, T = x.shape[:2]
+        if cu_seqlens is None:
+            size = _size(T, limit)
+            return Chunks(B, T, size, [B] * -(-T // size))
+        sequences = sorted(
+            ((end - start, n, start) for n, (start, end) in enumerate(pairwise(cu_seqlens.tolist()))), reverse=True
+        )
+        size = _size(sequences[0][0], limit)
+        first, ends, steps = [], [], []
+        for c in range(-(-sequences[0][0] // size)):
+            active = [(start + c * size, start + length) for length, _, start in sequences if length > c * size]
+            first += [start for start, _ in active]
+            ends += [end for _, end in active]
+            steps.append(len(active))
+        index = torch.tensor(first, device=x.device).view(-1, 1) + torch.arange(size, device=x.device)
+        index = index.where(index < torch.tensor(ends, device=x.device).view(-1, 1), T)
+        return Chunks(B, T, size, steps, index, torch.tensor([n for _, n, _ in sequences], device=x.device))
+
+    def split(self, x: Tensor) -> Tensor:
+        """`[B, T, ...]` -> `[M, C, ...]`."""
+        if self.index is not None:
+            return F.pad(x[0], (0, 0) * (x.ndim - 2) + (0, 1))[self.index]
+        count = len(self.steps)
+        x = F.pad(x, (0, 0) * (x.ndim - 2) + (0, count * self.size - self.tokens))
+        return x.unflatten(1, (count, self.size)).transpose(0, 1).flatten(0, 1)
+
+    def join(self, x: Tensor) -> Tensor:
+        """`[M, C, ...]` -> `[B, T, ...]`, the inverse of `split`."""
+        if self.index is not None:
+            places = self.index.flatten().argsort()[: self.tokens]  # where token 0, 1, ... lies
+            return x.flatten(0, 1)[places][None]
+        x = x.unflatten(0, (len(self.steps), self.batch)).transpose(0, 1).flatten(1, 2)
+        return x[:, : self.tokens]
+
+    def scan(self, decay: Tensor, update: Tensor, initial: Tensor) -> tuple[Tensor, Tensor]:
+        """S <- decay * S + update from chunk to chunk: S at the start of each `[M, ...]`, and after the last of each sequence `[N, ...]`.
+
+        decay (may broadcast) and update are `[M, ...]`, initial is `[N, ...]`.
+        """
+        state = initial if self.order is None else initial[self.order]
+        starts, ended = [state[:0]], []
+        for n, keep, new in zip(self.steps, decay.split(self.steps), update.split(self.steps), strict=True):
+            ended.append(state[n:])
+            state = state[:n]
+            starts.append(state)
+            state = keep * state + new
+        final = torch.cat([state, *reversed(ended)])
+        return torch.cat(starts), final if self.order is None else final[self.order.argsort()]
+
+
+def _size(longest: int, limit: int) -> int:
+    return min(limit, 1 << max(longest - 1, 0).bit_length())

@@ -1,0 +1,72 @@
+"""Linear attention with decay: a matrix per head that forgets at a given rate and adds k v^T. By chunks; one token is a chunk of one.
+
+    S_t = diag(e^{g_t}) S_{t-1} + k_t v_t^T,    o_t = scale * S_t^T q_t                S in R^{K x V}
+
+Per chunk, G is the running sum of g inside it and S the state at its start:
+
+    o_i = scale (S^T (e^{G_i} q_i) + sum_{j <= i} (sum_d q_id k_jd e^{G_id - G_jd}) v_j),    S <- e^{G_C} S + sum_j (e^{G_C - G_j} k_j) v_j^T
+
+Source: Yang et al. 2023 (arXiv 2312.06635), section 4; with one decay a head, Sun et al. 2023 (arXiv 2307.08621).
+
+The factors q e^G and k e^{-G} of the sum would overflow under strong decay. Here no exponent is above 0: a pair (i, j) is taken up at the
+one halving of the chunk that parts it, both factors relative to the middle, which lies between them. log2(C) products in all.
+"""
+
+import torch
+from torch import Tensor
+
+from deltanet.layers.chunks import Chunks
+from deltanet.layers.norm import widen
+
+__all__ = ["linear_attention"]
+
+CHUNK = 64
+
+
+def linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    *,
+    scale: float,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """q, k `[B, T, H, K]`, v `[B, T, H, V]`, log decay g `[B, T, H, K]` or `[B, T, H, 1]`, finite and <= 0.
+
+    Returns o `[B, T, H, V]` in v's dtype and the final states `[N, H, K, V]`; computed in fp32 (fp64 for fp64), under autocast too.
+    """
+    chunks = Chunks.of(q, cu_seqlens, CHUNK)
+    with torch.autocast(q.device.type, enabled=False):
+        Q, K, V, G = (chunks.split(widen(x)).transpose(1, 2) for x in (q, k, v, g))  # [M, H, C, ...]
+        G = G.cumsum(-2)
+        whole = G[..., -1:, :]
+        update = (K * (whole - G).exp()).mT @ V
+        if initial_state is None:
+            N = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+            initial_state = V.new_zeros(N, *update.shape[1:])
+        starts, final = chunks.scan(whole.exp().mT, update, initial_state.to(V.dtype))
+        inside = _pairs(Q, K, V, G) if G.shape[-1] == 1 else _halves(Q, K, V, G)
+        o = scale * ((Q * G.exp()) @ starts + inside)
+        return chunks.join(o.transpose(1, 2)).to(v.dtype), final
+
+
+def _pairs(q: Tensor, k: Tensor, v: Tensor, G: Tensor) -> Tensor:
+    """What a chunk's tokens read of each other, one decay a head: the decay of a pair is a matrix entry."""
+    above = torch.ones(G.shape[-2], G.shape[-2], dtype=torch.bool, device=G.device).triu(1)
+    return ((q @ k.mT) * (G - G.mT).masked_fill(above, -torch.inf).exp()) @ v
+
+
+def _halves(q: Tensor, k: Tensor, v: Tensor, G: Tensor) -> Tensor:
+    """The same with a decay for every channel: what the second half of 2, 4, ... C tokens reads of the first."""
+    o = (q * k).sum(-1, keepdim=True) * v
+    half = 1
+    while half < q.shape[-2]:
+        parts = (x.unflatten(-2, (-1, 2, half)).unbind(-3) for x in (q, k, v, G))
+        (_, q2), (k1, _), (v1, _), (G1, G2) = parts
+        middle = G1[..., -1:, :]
+        read = (q2 * (G2 - middle).exp()) @ (k1 * (middle - G1).exp()).mT @ v1
+        o = o + torch.stack([torch.zeros_like(read), read], -3).flatten(-4, -2)
+        half *= 2
+    return o
