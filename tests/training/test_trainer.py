@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from deltanet.data import Batch, ByteTokenizer, ShuffledWindows, tokenize
+from deltanet.data import Batch, ByteTokenizer, SequentialWindows, ShuffledWindows, tokenize
 from deltanet.models import LanguageModel
 from deltanet.training import CheckpointError, NonFiniteError, RunConfig, read_config, read_metrics, train, write_config
 from deltanet.training import checkpoint as checkpoint_module
 from deltanet.training import trainer as module
 from deltanet.training.optimizer import build_optimizer
-from deltanet.training.trainer import forward_backward, train_step
+from deltanet.training.trainer import forward_backward, token_losses, train_step
 
 SOURCE = Path(__file__).parents[2] / "src"
 
@@ -118,6 +118,14 @@ def test_accumulation_gives_the_gradient_of_the_whole(config: RunConfig, precisi
     tolerance = 1e-5 if precision == "float32" else 2e-2
     assert torch.allclose(whole[0], cut[0], rtol=tolerance)
     assert (whole[1] - cut[1]).norm() < tolerance * whole[1].norm()
+
+
+def test_documents_in_one_row_do_not_see_each_other(config: RunConfig) -> None:
+    model, texts = LanguageModel(config.model), ["one document", "and another one"]
+    row = SequentialWindows(tokenize(texts, ByteTokenizer()), 28).batch_at(0, 1)
+    alone = [SequentialWindows(tokenize([text], ByteTokenizer()), len(text)).batch_at(0, 1) for text in texts]
+    expected = torch.cat([torch.nn.functional.pad(token_losses(model, batch).flatten(), (0, 1)) for batch in alone])
+    assert torch.allclose(token_losses(model, row).flatten(), expected[:-1], atol=1e-5)
 
 
 def test_cutting_batches_keeps_the_run(config: RunConfig, tmp_path: Path, listen, change) -> None:

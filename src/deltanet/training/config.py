@@ -18,7 +18,7 @@ class DataConfig:
     """What is read, and how it is cut. A run goes on only with the same text, cut the same way."""
 
     source: str = "austen"
-    """The bundled corpus "austen", or a path to your own text: .txt, .jsonl, .jsonl.gz, or a folder of those."""
+    """A corpus (austen, pydocs, pycode), or a path to your own text: .txt, .jsonl, .jsonl.gz, or a folder of those."""
     context: int = 128
     """Tokens in one training window."""
     bad_lines: Literal["error", "skip"] = "error"
