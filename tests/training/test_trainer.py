@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from deltanet.data import Batch, ByteTokenizer, SequentialWindows, ShuffledWindows, tokenize
-from deltanet.models import LanguageModel
+from deltanet.models import Block, LanguageModel
 from deltanet.training import CheckpointError, NonFiniteError, RunConfig, read_config, read_metrics, train, write_config
 from deltanet.training import checkpoint as checkpoint_module
 from deltanet.training import trainer as module
@@ -135,10 +135,15 @@ def test_cutting_batches_keeps_the_run(config: RunConfig, tmp_path: Path, listen
     assert list(cut.losses.values()) == pytest.approx(list(whole.losses.values()), rel=1e-4)
 
 
-def test_recomputing_blocks_keeps_the_run(config: RunConfig, tmp_path: Path, listen, change) -> None:
+def test_recomputing_blocks_keeps_the_run(config: RunConfig, tmp_path: Path, listen, change, monkeypatch) -> None:
+    calls: list[bool] = []
+    plain = Block.forward
+    monkeypatch.setattr(Block, "forward", lambda *args: calls.append(torch.is_grad_enabled()) or plain(*args))
     kept, recomputed = listen(), listen()
     train(config, tmp_path / "kept", kept)
+    assert sum(calls) == 12
     train(change(config, checkpoint_blocks=True), tmp_path / "recomputed", recomputed)
+    assert sum(calls) == 12 + 2 * 12
     assert recomputed.losses == pytest.approx(kept.losses, rel=1e-6)
 
 
@@ -442,7 +447,6 @@ def test_the_best_checkpoint_is_kept(config: RunConfig, tmp_path: Path, change, 
 def test_refusals_come_before_compute(config: RunConfig, tmp_path: Path, change, monkeypatch) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setattr(module, "train_step", lambda *_: pytest.fail("computed"))
-    huge = replace(config.model, d_model=65536, depth=4)
     cases = [
         (config, "file", "out must be a folder, got the file"),
         (change(config, device="cuda:99"), "run", "device must be one that is there, got 'cuda:99'"),
@@ -453,13 +457,17 @@ def test_refusals_come_before_compute(config: RunConfig, tmp_path: Path, change,
             "run",
             "vocab_size must be at least .* 257, got 100",
         ),
-        (replace(config, model=huge), "run", "parameters must fit .* but needs .* GiB"),
         (replace(config, data=replace(config.data, source="asten")), "run", "did you mean 'austen'"),
         (change(config, batch_size=100000), "run", "one batch of 100000 windows of 16 tokens needs 1600000 tokens"),
     ]
     for wrong, name, message in cases:
         with pytest.raises(ValueError, match=message):
             train(wrong, tmp_path / name)
+    monkeypatch.setattr("deltanet.training.device.os.sysconf", lambda name: 300)  # a machine of 90 kB
+    with pytest.raises(
+        ValueError, match=r"the model of 11,056 parameters must fit .* but needs .* GiB of the .* GiB of cpu"
+    ):
+        train(change(config, device="cpu"), tmp_path / "run")
     assert not (tmp_path / "run" / "config.toml").exists()
 
 

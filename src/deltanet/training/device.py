@@ -63,7 +63,7 @@ def check_memory(config: RunConfig, device: torch.device) -> None:
         there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > there:
         raise ValueError(
-            f"model of {parameters:,} parameters must fit with gradients and optimizer, but needs {needed / 2**30:.1f} GiB "
+            f"the model of {parameters:,} parameters must fit with gradients and optimizer, but needs {needed / 2**30:.1f} GiB "
             f"of the {there / 2**30:.1f} GiB of {device}: make it smaller"
         )
 
