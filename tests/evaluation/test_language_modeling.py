@@ -103,7 +103,8 @@ def test_positions_are_binned_without_gap_or_overlap(model):
         sizes = [int(score.bytes[first : last + 1].sum()) for first, last, _ in rows]
         mean = sum(size * bits for size, (_, _, bits) in zip(sizes, rows, strict=True)) / sum(sizes)
         assert mean == pytest.approx(score.bits_per_byte)
-    assert len(score.by_position(1)) == 8  # 0, 1-2, 3-6, ..., 127-199
+    assert [last + 1 for _, last, _ in score.by_position(1)] == [1, 2, 4, 8, 16, 32, 64, 128, 200]
+    assert {16, 23, 32, 45, 64, 91, 128} <= {last + 1 for _, last, _ in score.by_position(2)}
 
 
 def test_compressors_are_those_of_the_standard_library():

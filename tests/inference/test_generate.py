@@ -155,7 +155,7 @@ def test_an_empty_text_is_refused_before_anything_is_read(model):
 
 def test_other_bad_numbers_are_refused(model):
     with pytest.raises(ValueError, match="max_tokens must be >= 0, got -1"):
-        next(decode(model, prefill(model, [[1]]), max_tokens=-1))
+        decode(model, prefill(model, [[1]]), max_tokens=-1)
     with pytest.raises(ValueError, match="at_once must be at least 1"):
         prefill(model, [[1]], at_once=0)
 

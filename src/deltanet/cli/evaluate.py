@@ -15,6 +15,8 @@ from deltanet.evaluation import evaluate
 from deltanet.evaluation.decoding import decoding_costs
 from deltanet.training.device import autocast
 
+POSITION_TOKENS = 1 << 18  # enough for every position to be a mean of hundreds
+
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateOptions:
@@ -54,12 +56,10 @@ def run(args: list[str]) -> int:
     model, context = trained.model, trained.config.data.context
     stream = validation_stream(trained)
     with autocast(trained.config, model.lm_head.weight.device):
-        score, far = (
-            evaluate(
-                model, SequentialWindows(stream, length), batch_size=options.batch_size, max_tokens=options.max_tokens
-            )
-            for length in (context, options.stretch * context)
-        )
+        near, far = (SequentialWindows(stream, length) for length in (context, options.stretch * context))
+        part = min(options.max_tokens or POSITION_TOKENS, POSITION_TOKENS)
+        score = evaluate(model, near, batch_size=options.batch_size, max_tokens=options.max_tokens)
+        by_position = evaluate(model, far, batch_size=options.batch_size, max_tokens=part).by_position()
     contexts = [1 << octave for octave in range(8, 40) if 1 << octave <= options.longest]
     read = int(score.bytes.sum())
     record = {
@@ -71,7 +71,7 @@ def run(args: list[str]) -> int:
         "bytes": read,
         "context": context,
         "yardsticks": yardsticks(trained.config) if read == stream.bytes <= YARDSTICK_BYTES else {},
-        "by_position": far.by_position(),
+        "by_position": by_position,
         "decoding": [dataclasses.asdict(cost) for cost in decoding_costs(model, contexts)] if contexts else [],
     }
     path = Path(options.run) / REPORT
@@ -84,7 +84,7 @@ def run(args: list[str]) -> int:
 
 
 def show_evaluation(record: Mapping[str, Any], run: str) -> None:
-    beside = "".join(f", {name} {bits:.3f}" for name, bits in record["yardsticks"].items())
+    beside = "".join(f", {name} -9 {bits:.3f}" for name, bits in record["yardsticks"].items())
     print(f"{run} at step {record['step']:,}")
     print(f"bits per byte   {record['bits_per_byte']:.3f} on {record['bytes']:,} bytes held out{beside}")
     print(f"perplexity      {record['perplexity']:.2f} per token")
@@ -94,10 +94,10 @@ def show_evaluation(record: Mapping[str, Any], run: str) -> None:
             beyond = "   longer than in training" if first >= record["context"] else ""
             print(f"{f'{first + 1}-{last + 1}' if last > first else f'{first + 1}':>15}   {bits:.3f}{beyond}")
     if record["decoding"]:
-        print("\ncontext, tokens   ms per token: DeltaNet   attention   remembered: DeltaNet   attention")
+        print("\ncontext, tokens   ms per token: model   attention   remembered: model   attention")
         for cost in record["decoding"]:
             print(
-                f"{cost['context']:>15,}   {cost['delta_ms']:>22.2f}   {cost['attention_ms']:>9.2f}"
-                f"   {size(cost['delta_bytes']):>20}   {size(cost['attention_bytes']):>9}"
+                f"{cost['context']:>15,}   {cost['model_ms']:>19.2f}   {cost['attention_ms']:>9.2f}"
+                f"   {size(cost['model_bytes']):>17}   {size(cost['attention_bytes']):>9}"
             )
     print(f"\nnext: deltanet plot {run}")

@@ -10,6 +10,7 @@ import tyro
 
 from deltanet.cli.options import LATEST, Run, parse
 from deltanet.cli.runs import load
+from deltanet.cli.words import printable
 from deltanet.inference import Sampling, stream_text
 
 
@@ -59,10 +60,10 @@ def run(args: list[str]) -> int:
         record = {"prompt": options.prompt, "text": text, "step": trained.step, "seconds": time.perf_counter() - begun}
         print(json.dumps(record))
         return 0
+    terminal = sys.stdout.isatty()
     if not options.quiet:
-        bold, plain = ("\033[1m", "\033[0m") if sys.stdout.isatty() else ("", "")
-        print(f"{bold}{options.prompt}{plain}", end="", flush=True)
+        print(f"\033[1m{options.prompt}\033[0m" if terminal else options.prompt, end="", flush=True)
     for piece in pieces:
-        print(piece, end="", flush=True)
+        print(printable(piece) if terminal else piece, end="", flush=True)
     print()
     return 0

@@ -8,6 +8,7 @@ from pathlib import Path
 from deltanet.cli.options import LATEST, Run, parse
 from deltanet.cli.runs import read_report
 from deltanet.evaluation import plots
+from deltanet.layers import DeltaNetConfig
 from deltanet.training import read_config, read_metrics
 
 
@@ -37,7 +38,7 @@ def run(args: list[str]) -> int:
         print(plots.sparkline([line["bits_per_byte"] for line in steps]))
         print("deltanet: plots need matplotlib, which is not installed: pip install 'deltanet[plot]'", file=sys.stderr)
         return 1
-    report = read_report(folder)
+    report, config = read_report(folder), read_config(folder / "config.toml")
     pictures = folder / "plots"
     pictures.mkdir(exist_ok=True)
     evaluations = [(line["tokens"], line["bits_per_byte"]) for line in metrics if line["event"] == "evaluation"]
@@ -49,11 +50,11 @@ def run(args: list[str]) -> int:
         report.get("yardsticks", {}),
     )
     if report.get("by_position"):
-        context = read_config(folder / "config.toml").data.context
-        paths += plots.plot_positions(pictures / "positions", report["by_position"], context)
+        paths += plots.plot_positions(pictures / "positions", report["by_position"], config.data.context)
     if report.get("decoding"):
+        name = "DeltaNet" if all(isinstance(layer, DeltaNetConfig) for layer in config.model.layers) else "the model"
         costs = [plots.DecodingCost(**cost) for cost in report["decoding"]]
-        paths += plots.plot_decoding(pictures / "decoding", costs)
+        paths += plots.plot_decoding(pictures / "decoding", costs, name)
     if options.json:
         print(json.dumps({"plots": [str(path) for path in paths]}))
     elif not options.quiet:

@@ -12,7 +12,7 @@ from rich.live import Live
 from rich.text import Text
 
 from deltanet.cli.runs import YARDSTICK_BYTES, point_latest, yardsticks
-from deltanet.cli.words import count, duration, size
+from deltanet.cli.words import count, duration, printable, size
 from deltanet.evaluation.plots import sparkline
 from deltanet.training import Evaluation, Header, Result, RunConfig, Step
 
@@ -69,9 +69,9 @@ class TextScreen(Screen):
     EVERY = 5.0  # seconds between plain lines
     TIMED = 10  # steps after which the expected time is worth telling
 
-    def __init__(self, config: RunConfig) -> None:
+    def __init__(self, config: RunConfig, console: Console) -> None:
         self._config = config
-        self._console = Console(highlight=False, soft_wrap=True)
+        self._console = console
         self._live: Live | None = None
         self._told = 0.0
         self._first: int | None = None
@@ -80,8 +80,8 @@ class TextScreen(Screen):
 
     def header(self, header: Header) -> None:
         super().header(header)
-        refusals = re.findall(r"^ +(\S+) +refuses: (.*)$", header.backend_reason, re.MULTILINE)
-        reasons = "".join(f"; {name}: {why}" for name, why in refusals if name != header.backend)
+        refusals = re.findall(r"^ +(\S+) +refuses: ([^:\n]*)", header.backend_reason, re.MULTILINE)
+        reasons = "".join(f"; not {name}: {why}" for name, why in refusals if name != header.backend)
         epochs = (header.steps or 0) * header.tokens_per_step / header.train_tokens
         length = f"{header.steps:,} steps ({epochs:.2g} times the text)" if header.steps else "as many steps as fit"
         minutes = self._config.train.minutes
@@ -118,7 +118,7 @@ class TextScreen(Screen):
 
     def sample(self, text: str) -> None:
         shown = text if len(text) <= 200 else text[:200] + " ..."
-        for line in shown.splitlines():
+        for line in printable(shown).split("\n"):
             self._print(f"  | {line}", "dim")
 
     def message(self, text: str) -> None:
@@ -126,14 +126,15 @@ class TextScreen(Screen):
 
     def end(self, result: Result) -> None:
         self.close()
-        done = {"finished": "finished", "time": "time is over", "interrupted": "interrupted"}[result.status]
+        done = {"finished": "finished", "time": "time's up", "interrupted": "interrupted"}[result.status]
         self._print("")
         self._row(done, f"{result.step:,} steps, {count(result.tokens)} tokens in {duration(result.seconds)}")
         if result.bits_per_byte is not None:
-            beside = ", ".join(f"{name} {bits:.2f}" for name, bits in self._yardsticks.items())
+            beside = ", ".join(f"{name} -9 {bits:.3f}" for name, bits in self._yardsticks.items())
             beside = f"  ({beside} on the same bytes)" if beside else ""
             self._row("validation", f"{result.bits_per_byte:.3f} bits per byte{beside}")
-        self._row("learning", sparkline(self._steps, 48))
+        if self._steps:
+            self._row("learning", sparkline(self._steps, 48))
         self._row("checkpoint", str(result.checkpoint))
         if result.status == "interrupted":
             return
@@ -150,7 +151,7 @@ class TextScreen(Screen):
         self._console.print(Text.assemble((f"{name:<11}", "cyan"), text))
 
     def _print(self, text: str, style: str = "") -> None:
-        self._console.print(text, style=style or None, markup=False)
+        self._console.print(Text(text, style))  # a style given to print would also colour the live line
 
 
 def step_line(step: Step) -> str:

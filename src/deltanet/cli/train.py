@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, get_type_hints
 
 import tyro
+from rich.console import Console
 
 from deltanet.cli.options import parse
 from deltanet.cli.runs import folder_for
@@ -89,7 +90,7 @@ def starting_point(size: str | None, file: str | None) -> RunConfig:
 def last_value(args: Sequence[str], name: str) -> str | None:
     """What `args` gives the option `name`, before they are parsed in full."""
     found = None
-    for arg, following in zip(args, [*args[1:], None], strict=True):
+    for arg, following in zip(args, [*args, None][1:], strict=True):
         if arg == name:
             found = following
         elif arg.startswith(name + "="):
@@ -119,4 +120,4 @@ def flag(field: str) -> str:
 def screen_for(options: TrainOptions, config: RunConfig) -> Screen:
     if options.json:
         return JsonScreen()
-    return Screen() if options.quiet else TextScreen(config)
+    return Screen() if options.quiet else TextScreen(config, Console(highlight=False, soft_wrap=True))

@@ -1,4 +1,4 @@
-"""Numbers as people read them."""
+"""Numbers as people read them, and text that leaves a terminal as it is."""
 
 
 def count(number: float) -> str:
@@ -19,3 +19,8 @@ def duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02} h" if hours else f"{minutes}:{rest:02} min"
+
+
+def printable(text: str) -> str:
+    """`text` with the control characters that a terminal might obey replaced: a model may write any."""
+    return "".join(c if c in "\n\t" or c.isprintable() else "\ufffd" for c in text)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deltanet.inference import prefill
-from deltanet.layers import FeedForward, RMSNorm
+from deltanet.layers import FeedForward, RMSNorm, state_bytes
 from deltanet.models import LanguageModel, ModelConfig
 
 ROUNDS, WARM_UP, TIMED = 3, 3, 12  # tokens at each length; the fastest timed one counts: whatever else runs only adds
@@ -27,8 +27,8 @@ class DecodingCost:
     """One token's cost after `context` tokens: milliseconds, and the bytes that are remembered of the sequence."""
 
     context: int
-    delta_ms: float
-    delta_bytes: int
+    model_ms: float
+    model_bytes: int
     attention_ms: float
     attention_bytes: int
 
@@ -63,23 +63,23 @@ def decoding_costs(model: LanguageModel, contexts: Sequence[int]) -> list[Decodi
         for i, (context, state) in enumerate(zip(contexts, states, strict=True)):
             for layer in cache:
                 layer.length = context
-            delta, attention = DeltaStep(model, state), AttentionStep(twin, cache)
-            times = (_milliseconds(delta, weight.device), _milliseconds(attention, weight.device))
+            own, other = ModelStep(model, state), AttentionStep(twin, cache)
+            times = (_milliseconds(own, weight.device), _milliseconds(other, weight.device))
             best[i] = (min(best[i][0], times[0]), min(best[i][1], times[1]))
     token_bytes = sum(2 * layer.keys[:, :, 0].nbytes for layer in cache)
     return [
         DecodingCost(
             context=context,
-            delta_ms=delta_ms,
-            delta_bytes=model.state_bytes(),
+            model_ms=model_ms,
+            model_bytes=state_bytes(state),
             attention_ms=attention_ms,
             attention_bytes=context * token_bytes,
         )
-        for context, (delta_ms, attention_ms) in zip(contexts, best, strict=True)
+        for context, state, (model_ms, attention_ms) in zip(contexts, states, best, strict=True)
     ]
 
 
-class DeltaStep:
+class ModelStep:
     """One greedy step after another, from a state."""
 
     def __init__(self, model: LanguageModel, state: tuple) -> None:
@@ -124,7 +124,7 @@ class AttentionModel(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.heads = getattr(config.layers[0], "heads", 1)  # a Mamba mixer has none
+        self.heads = config.d_model // 64 if config.d_model % 64 == 0 else 1  # 64 wide, whatever the mixers have
         self.embeddings = nn.Embedding(config.vocab_size, config.d_model)
         self.layers = nn.ModuleList(AttentionBlock(config, self.heads) for _ in range(config.depth))
         self.norm = RMSNorm(config.d_model, config.norm_eps)

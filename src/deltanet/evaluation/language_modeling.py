@@ -49,11 +49,11 @@ class Score:
         """(first, last, bits per byte) of ranges of positions that grow with the position; ranges without text are left out.
 
         Early positions differ most and late ones are many, so the ranges grow by a factor of 2 ** (1 / bins_per_octave).
+        After a power of two of tokens a new range begins, so a training window of that many ends with one.
         """
-        length, edges = len(self.nats), [0]
-        while edges[-1] < length:
-            grown = math.ceil((edges[-1] + 1) * 2 ** (1 / bins_per_octave)) - 1
-            edges.append(min(max(grown, edges[-1] + 1), length))
+        length = len(self.nats)
+        octaves = range(bins_per_octave * length.bit_length())
+        edges = sorted({0, length} | {min(round(2 ** (i / bins_per_octave)), length) for i in octaves})
         rows = []
         for first, end in pairwise(edges):
             size = int(self.bytes[first:end].sum())

@@ -3,7 +3,7 @@
 import importlib.util
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -62,14 +62,21 @@ def plot_learning(
         axes.plot(tokens, training, color=BLUE, alpha=0.22, linewidth=0.8)
         axes.plot(tokens, _running_mean(training), color=BLUE, label="training")
         if evaluations:
-            axes.plot(*zip(*evaluations, strict=True), color=ORANGE, marker="o", markersize=5, label="validation")
+            axes.plot(
+                *zip(*evaluations, strict=True),
+                color=ORANGE,
+                marker="o",
+                markersize=5,
+                label="validation",
+                clip_on=False,
+            )
         low, high = _learning_limits(training, evaluations, yardsticks)
         axes.set_ylim(low, high)
-        axes.set_xlim(left=0)
+        axes.set_xlim(0, max(tokens))
         for name, value in yardsticks.items():
             axes.axhline(value, color=GREY, linewidth=1.2, linestyle=(0, (5, 3)))
             axes.annotate(
-                f"{name}  {value:.2f}",
+                f"{name} -9: {value:.2f}",
                 (1.0, value),
                 xycoords=("axes fraction", "data"),
                 xytext=(-2, 3),
@@ -83,11 +90,12 @@ def plot_learning(
             axes.annotate(
                 f"{best:.2f}",
                 (at, best),
-                xytext=(0, -15),
+                xytext=(8, 0),
                 textcoords="offset points",
-                ha="center",
+                va="center",
                 color=ORANGE,
                 fontweight="bold",
+                annotation_clip=False,
             )
         _plain_counts(axes.xaxis)
         axes.legend(loc="upper right")
@@ -110,33 +118,34 @@ def plot_positions(stem: Path, rows: Sequence[tuple[int, int, float]], context: 
         if rows and rows[-1][1] >= context:
             axes.axvspan(context, rows[-1][1] + 1, color=ORANGE, alpha=0.08, linewidth=0)
             axes.annotate(
-                "longer than in training",
-                (context, 0.96),
+                "longer than\nin training",
+                (rows[-1][1] + 1, 0.96),
                 xycoords=("data", "axes fraction"),
-                xytext=(6, 0),
+                xytext=(-6, 0),
                 textcoords="offset points",
+                ha="right",
                 va="top",
                 color=ORANGE,
                 fontsize=10,
             )
-        _plain_counts(axes.xaxis)
+        _powers_of_two(axes.xaxis)
         return _save(figure, stem)
 
 
-def plot_decoding(stem: Path, costs: Sequence[DecodingCost]) -> list[Path]:
-    """Milliseconds per generated token against the length of the context, DeltaNet beside attention with a cache.
+def plot_decoding(stem: Path, costs: Sequence[DecodingCost], name: str) -> list[Path]:
+    """Milliseconds per generated token against the length of the context, the model called `name` beside attention with a cache.
     Writes `stem`.png and .svg and returns their paths.
     """
     with _figure("The cost of the next token", "tokens of context", "milliseconds per token") as (figure, axes):
         contexts = [cost.context for cost in costs]
         lines = (
-            ("DeltaNet", [cost.delta_ms for cost in costs], BLUE, "-", "o", costs[-1].delta_bytes),
+            (name, [cost.model_ms for cost in costs], BLUE, "-", "o", costs[-1].model_bytes),
             ("attention", [cost.attention_ms for cost in costs], ORANGE, (0, (6, 2)), "s", costs[-1].attention_bytes),
         )
-        for name, values, color, dash, marker, size in lines:
-            axes.plot(contexts, values, color=color, linestyle=dash, marker=marker, markersize=5, label=name)
+        for label, values, color, dash, marker, size in lines:
+            axes.plot(contexts, values, color=color, linestyle=dash, marker=marker, markersize=5, label=label)
             axes.annotate(
-                f"{name}\n{_bytes(size)} of memory",
+                f"{label}\n{_bytes(size)} of memory",
                 (contexts[-1], values[-1]),
                 xytext=(10, 0),
                 textcoords="offset points",
@@ -148,7 +157,7 @@ def plot_decoding(stem: Path, costs: Sequence[DecodingCost]) -> list[Path]:
             )
         axes.set_xscale("log", base=2)
         axes.set_ylim(bottom=0)
-        _plain_counts(axes.xaxis)
+        _powers_of_two(axes.xaxis)
         return _save(figure, stem)
 
 
@@ -188,11 +197,21 @@ def _save(figure: Any, stem: Path) -> list[Path]:
 
 
 def _plain_counts(axis: Any) -> None:
-    """512, 2k, 1.5M instead of powers of ten."""
-    from matplotlib.ticker import FuncFormatter, NullLocator
+    """250k, 1.5M instead of powers of ten."""
+    from matplotlib.ticker import FuncFormatter
 
     axis.set_major_formatter(FuncFormatter(lambda value, _: _count(value)))
+
+
+def _powers_of_two(axis: Any) -> None:
+    """512, 1k, 16k: here k is 1024."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    axis.set_major_locator(LogLocator(base=2, numticks=12))
     axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(
+        FuncFormatter(lambda value, _: f"{value / 1024:.3g}k" if value >= 1024 else f"{value:.3g}")
+    )
 
 
 def _count(value: float) -> str:
@@ -210,12 +229,12 @@ def _bytes(size: int) -> str:
 
 
 def _running_mean(values: Sequence[float]) -> list[float]:
-    """An exponential mean over about a fortieth of the run, from its first value on without a bias towards zero."""
-    decay = 1 - 1 / max(1.0, len(values) / 40)
-    mean, weight, out = 0.0, 0.0, []
-    for value in values:
-        mean, weight = decay * mean + (1 - decay) * value, decay * weight + (1 - decay)
-        out.append(mean / weight)
+    """The mean over a fiftieth of the run around each value, so that it does not lag behind; narrower at the start."""
+    reach, sums = len(values) // 100, [0.0, *accumulate(values)]
+    out = []
+    for i in range(len(values)):
+        first, end = i - min(reach, i), min(i + min(reach, i) + 1, len(values))
+        out.append((sums[end] - sums[first]) / (end - first))
     return out
 
 
@@ -224,7 +243,7 @@ def _learning_limits(
 ) -> tuple[float, float]:
     """The part worth looking at: the first few steps, near 8 bits, would leave the rest of the curve no room."""
     shown = [*yardsticks.values(), *(bits for _, bits in evaluations), *_running_mean(training)]
-    settled = sorted(training)[int(0.97 * (len(training) - 1))] if training else max(shown)
+    settled = sorted(training)[int(0.96 * (len(training) - 1))] if training else max(shown)
     low, high = min(shown), max(settled, *yardsticks.values(), 0.0)
     margin = 0.08 * max(high - low, 0.5)
     return max(0.0, low - 1.6 * margin), high + margin

@@ -65,7 +65,6 @@ def prefill(
     return Ready(logits, state)
 
 
-@torch.no_grad()
 def decode(
     model: LanguageModel,
     ready: Ready,
@@ -79,9 +78,15 @@ def decode(
     A row that has yielded a token of `stop` repeats it; when all have, the iteration ends. Time and memory per token do
     not depend on how many there were before. `sampling` defaults to `Sampling()`.
     """
-    sampling = sampling or Sampling()
     if max_tokens < 0:
         raise ValueError(f"max_tokens must be >= 0, got {max_tokens}")
+    return _steps(model, ready, sampling or Sampling(), max_tokens, stop)
+
+
+@torch.no_grad()
+def _steps(
+    model: LanguageModel, ready: Ready, sampling: Sampling, max_tokens: int, stop: Sequence[int]
+) -> Iterator[Tensor]:
     logits, state = ready
     draws = Draws(sampling.seed, logits.shape[0])
     stops = torch.tensor(list(stop), dtype=torch.int64, device=logits.device)
@@ -135,14 +140,13 @@ def stream_text(
     if not prompt:
         raise ValueError("the prompt must hold some text, got an empty one: give at least one character to go on from")
     ids = torch.cat([torch.tensor([tokenizer.separator]), torch.as_tensor(tokenizer.encode(prompt).astype("int64"))])
-    return _decode_text(model, tokenizer, prefill(model, [ids]), sampling, max_tokens)
+    ready = prefill(model, [ids])
+    return _text(tokenizer, decode(model, ready, sampling, max_tokens=max_tokens, stop=[tokenizer.separator]))
 
 
-def _decode_text(
-    model: LanguageModel, tokenizer: Tokenizer, ready: Ready, sampling: Sampling | None, max_tokens: int
-) -> Iterator[str]:
+def _text(tokenizer: Tokenizer, steps: Iterator[Tensor]) -> Iterator[str]:
     decoder = tokenizer.decoder()
-    for tokens in decode(model, ready, sampling, max_tokens=max_tokens, stop=[tokenizer.separator]):
+    for tokens in steps:
         token = int(tokens)
         if token == tokenizer.separator:
             break
