@@ -26,12 +26,8 @@ answers, state = chunk_delta_rule(q, k, v, beta, scale=1.0, output_final_state=T
 
 delta = answers[0, -1, 0]
 linear = sum((keys[3] @ keys[i]) * values[t] for t, i in enumerate(order))  # what linear attention would read
-old, new = values[3], values[8]
-print(
-    f"similarity to the new value: delta rule {F.cosine_similarity(delta, new, dim=0):.3f}, linear attention {F.cosine_similarity(linear, new, dim=0):.3f}"
-)
-print(
-    f"similarity to the old value: delta rule {F.cosine_similarity(delta, old, dim=0):.3f}, linear attention {F.cosine_similarity(linear, old, dim=0):.3f}"
-)
+for name, stored in (("new", values[8]), ("old", values[3])):
+    by_delta, by_sum = (F.cosine_similarity(read, stored, dim=0).item() for read in (delta, linear))
+    print(f"similarity to the {name} value: delta rule {by_delta:.3f}, linear attention {by_sum:.3f}")
 print(f"the memory is one matrix a head: {list(state.shape)} in {state.dtype}")
-assert torch.allclose(delta, new, atol=1e-4)
+assert torch.allclose(delta, values[8], atol=1e-4)

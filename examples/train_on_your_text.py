@@ -11,7 +11,7 @@ from deltanet.inference import GREEDY, stream_text
 from deltanet.training import DataConfig, default_run, load_model, read_metrics, train
 
 text = Path("my.txt")
-words = "the cat sat on the mat and the dog sat on the log and then the cat saw the dog".split()
+words = "the cat sat on the mat and the dog sat on the log and then the cat saw the dog".split(" ")  # noqa: SIM905
 text.write_text(" ".join(words[i * i % len(words)] for i in range(20_000)))
 
 run = default_run("nano")
