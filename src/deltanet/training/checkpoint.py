@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -110,7 +111,8 @@ def save_checkpoint(
         _sync(partial)
         partial.rename(path)
         _sync(folder)
-        replace_text(folder / "LATEST", path.name + "\n")
+        with suppress(OSError):  # a hint for people: readers look for themselves, and the checkpoint is there
+            replace_text(folder / "LATEST", path.name + "\n")
         return path
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
