@@ -314,7 +314,36 @@ def test_without_matplotlib_there_is_a_line_of_bars(here, capsys, monkeypatch):
     assert "pip install 'deltanet[plot]'" in err
 
 
-# --- doctor, overview
+# --- benchmark, doctor, overview
+
+
+def test_the_benchmark_measures_and_writes(capsys, tmp_path):
+    sizes = [
+        "--lengths",
+        32,
+        64,
+        "--tokens",
+        64,
+        "--width",
+        32,
+        "--head-dims",
+        16,
+        "--seconds",
+        0.001,
+        "--device",
+        "cpu",
+    ]
+    code, out, err = run(capsys, "benchmark", "speedup", *sizes, "--out", tmp_path / "new")
+    lines = out.splitlines()
+    assert (code, err) == (0, "")
+    assert lines[0] == "cpu, float32, 64 tokens, width 32"
+    assert [line.split()[:2] for line in lines[2:4]] == [["16", "32"], ["16", "64"]]
+    assert lines[4:] == [str(tmp_path / "new" / f"speedup.{kind}") for kind in ("json", "png", "svg")]
+    record = json.loads((tmp_path / "new" / "speedup.json").read_text())
+    assert [row["length"] for row in record["rows"]] == [32, 64]
+    assert all(row["speedup"] == row["recurrent_ms"] / row["chunk_ms"] > 0 for row in record["rows"])
+    assert json.loads(run(capsys, "benchmark", *sizes, "--json")[1])["tokens"] == 64
+    assert run(capsys, "benchmark", *sizes, "--quiet") == (0, "", "")
 
 
 def test_the_doctor_tells_and_checks(capsys, monkeypatch):
@@ -362,7 +391,7 @@ def test_help_reads_nothing_heavy():
     ("arguments", "message"),
     [
         ("trian", "there is no command 'trian': did you mean 'train'?"),
-        ("xyz", "there is no command 'xyz': known are train, generate, evaluate, plot, doctor"),
+        ("xyz", "there is no command 'xyz': known are train, generate, evaluate, plot, benchmark, doctor"),
         ("train --stepz 3", "there is no option --stepz: did you mean --steps?"),
         ("train --train.setps 3", "there is no option --train.setps: did you mean --train.steps?"),
         ("train --steps many", "--train.steps must be {None}|INT, got 'many'"),
@@ -400,6 +429,10 @@ def test_help_reads_nothing_heavy():
         ("evaluate runs/text-custom --max-tokens 0", "got 16 and 0"),
         ("plot nowhere", "'nowhere' must be the folder of a run with steps"),
         ("plot broken", "'broken/evaluation.json' must be JSON"),
+        ("benchmark sped", "invalid choice 'sped'"),
+        ("benchmark --device cpu --lengths 48 --tokens 100", "every length must divide the 100 tokens"),
+        ("benchmark --device cpu --lengths 0", "lengths must be at least 1, got 0"),
+        ("benchmark --device cpu --seconds 0", "seconds must be above 0"),
         ("doctor --jsn", "there is no option --jsn: did you mean --json?"),
     ],
 )

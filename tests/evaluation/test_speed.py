@@ -9,7 +9,9 @@ from deltanet.evaluation import speed
 
 
 def small(**kwargs) -> dict:
-    settings = dict(head_dims=(8, 16), lengths=(8, 32), tokens=32, width=32, device="cpu", dtype=torch.float32, seconds=0.0)
+    settings = dict(
+        head_dims=(8, 16), lengths=(8, 32), tokens=32, width=32, device="cpu", dtype=torch.float32, seconds=0.0
+    )
     return speed.speedup(**{**settings, "backend": "reference", **kwargs})
 
 
@@ -39,7 +41,9 @@ def test_both_forms_are_run_forward_and_backward(monkeypatch: pytest.MonkeyPatch
     grad = torch.autograd.grad
     monkeypatch.setattr(speed, "chunk_delta_rule", counted("chunk", speed.chunk_delta_rule))
     monkeypatch.setattr(speed, "recurrent_delta_rule", counted("recurrent", speed.recurrent_delta_rule))
-    monkeypatch.setattr(torch.autograd, "grad", lambda *a, **k: (calls.__setitem__("backward", calls["backward"] + 1), grad(*a, **k))[1])
+    monkeypatch.setattr(
+        torch.autograd, "grad", lambda *a, **k: (calls.__setitem__("backward", calls["backward"] + 1), grad(*a, **k))[1]
+    )
     small(head_dims=(8,), lengths=(32,))
     assert calls["chunk"] == calls["recurrent"] == 5  # two that do not count and three that do
     assert calls["backward"] == 10
@@ -65,7 +69,9 @@ def test_the_papers_points() -> None:
 
 def test_the_median_is_of_timed_calls_only() -> None:
     order = []
-    speed.median_ms(lambda: order.append("call"), torch.device("cpu"), seconds=0.0, before=lambda: order.append("before"))
+    speed.median_ms(
+        lambda: order.append("call"), torch.device("cpu"), seconds=0.0, before=lambda: order.append("before")
+    )
     assert order == ["call", "call", *["before", "call"] * 3]
 
 

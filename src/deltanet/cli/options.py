@@ -44,7 +44,7 @@ def one_line(box: str, known: Sequence[str]) -> str:
     # The title is drawn into the frame or, where there are no frames, stands above a rule. Then comes the fault, then hints.
     said = sections[1]
     fault = " ".join(said).partition(" Got errors:")[0].strip().rstrip(".")
-    if unknown := re.fullmatch(r"Unrecognized options: (.*)", fault):
+    if unknown := re.fullmatch(r"Unrecognized (?:or misplaced )?options: (.*)", fault):
         tokens = unknown[1].split(", ")
         option = next((token for token in tokens if token.startswith("-")), tokens[0])
         close = difflib.get_close_matches(option.partition("=")[0], known, n=1)
