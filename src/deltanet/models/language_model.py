@@ -48,6 +48,12 @@ MixerConfig: TypeAlias = (
 )
 
 
+def check_fits(mixer: MixerConfig, d_model: int) -> None:
+    """Raises ValueError, which names the field, for a mixer that cannot be built at that width. Takes no memory."""
+    with torch.device("meta"):
+        mixer.build(d_model)
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """What a language model is made of."""
@@ -77,6 +83,8 @@ class ModelConfig:
                 raise ValueError(f"{name} must be between 1 and {limit}, got {value}")
         if not self.layers or self.depth % len(self.layers):
             raise ValueError(f"depth must be a multiple of the pattern's {len(self.layers)} layers, got {self.depth}")
+        for mixer in set(self.layers):
+            check_fits(mixer, self.d_model)
         for name in ("norm_eps", "init_std"):
             if not 0 < getattr(self, name) < 1:
                 raise ValueError(f"{name} must be between 0 and 1, got {getattr(self, name)}")

@@ -1,32 +1,75 @@
-"""Model sizes on one dial. 340m and 1.3b are the paper's (arXiv 2406.06484, section 4.2); the others serve a laptop and a single GPU."""
+"""Models by size and name: DeltaNet, what its paper compares it with (arXiv 2406.06484, tables 1 and 2), and its successors.
 
-import difflib
+340m and 1.3b are the paper's sizes (section 4.2); the others serve a laptop and a single GPU.
+"""
 
-from deltanet.layers import DeltaNetConfig
 from deltanet.models.language_model import ModelConfig
+from deltanet.models.mix import parse_mix
+from deltanet.ops.backends import nearest
 
-__all__ = ["SIZES", "preset"]
+__all__ = ["MODELS", "SIZES", "preset"]
 
-# size: (d_model, depth, heads). Heads are 64 wide up to micro, so that a laptop has more than one, and 128 above, as in the paper.
+# size: (d_model, depth). Heads are 64 wide up to micro, so that a laptop has more than one, and 128 above, as in the paper.
 _SHAPES = {
-    "nano": (128, 3, 2),
-    "micro": (256, 6, 4),
-    "small": (512, 8, 4),
-    "medium": (768, 12, 6),
-    "340m": (1024, 24, 8),
-    "1.3b": (2048, 24, 16),
+    "nano": (128, 3),
+    "micro": (256, 6),
+    "small": (512, 8),
+    "medium": (768, 12),
+    "340m": (1024, 24),
+    "1.3b": (2048, 24),
 }
 SIZES = tuple(_SHAPES)
 
+# model: its mixers, repeated over the depth.
+_MIXES = {
+    # The paper's main table.
+    "transformer++": "attention",
+    "retnet": "retnet",
+    "mamba": "mamba",
+    "gla": "gla",
+    "gla+conv": "gla(short_conv=4)",
+    "deltanet-noconv": "delta(short_conv=0)",
+    "deltanet": "delta",
+    "deltanet+swa": "delta,swa",
+    "deltanet+global": "delta,attention",
+    # Its ablations of feature map and norm; "deltanet" is L2 and silu.
+    "deltanet-l1-elu": "delta(feature_map=elu1,qk_norm=sum)",
+    "deltanet-l2-elu": "delta(feature_map=elu1)",
+    "deltanet-l2-relu": "delta(feature_map=relu)",
+    # What came after.
+    "deltanet-negative": "delta(negative_eigenvalues=true)",
+    "gated-deltanet": "gated_delta",
+    "deltaproduct": "delta_product",
+}
+MODELS = tuple(_MIXES)
 
-def preset(size: str, vocab_size: int = 32000) -> ModelConfig:
-    """The DeltaNet of that size. With 32,000 tokens and an untied head, 340m has 374,362,112 parameters and 1.3b 1,365,677,056.
 
-    Raises ValueError for a size that is not in `SIZES`.
+def preset(size: str, vocab_size: int = 32000, *, model: str = "deltanet", window: int | None = None) -> ModelConfig:
+    """The model of that name and size. With 32,000 tokens and an untied head, DeltaNet's 340m has 374,362,112 parameters and 1.3b 1,365,677,056.
+
+    In "deltanet+swa" every second layer is attention over a `window` of tokens, 1024 if not given; in "deltanet+global" layers 2 and
+    depth / 2 + 1, counted from 1, are attention over all.
+
+    Raises ValueError for a size that is not in `SIZES`, a model that is not in `MODELS`, and a window where there is none.
     """
     if size not in _SHAPES:
-        close = difflib.get_close_matches(size.lower(), SIZES, n=1)
-        hint = f". Did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"size must be one of {', '.join(SIZES)}, got {size!r}{hint}")
-    d_model, depth, heads = _SHAPES[size]
-    return ModelConfig(vocab_size=vocab_size, d_model=d_model, depth=depth, layers=(DeltaNetConfig(heads=heads),))
+        raise ValueError(f"size must be one of {', '.join(SIZES)}, got {size!r}{nearest(size.lower(), SIZES)}")
+    if model not in _MIXES:
+        raise ValueError(f"model must be one of {', '.join(MODELS)}, got {model!r}{nearest(model.lower(), MODELS)}")
+    if window is not None and model != "deltanet+swa":
+        raise ValueError(f"window is an option of deltanet+swa, got {window} for {model}: leave it out")
+    d_model, depth = _SHAPES[size]
+    if model in (
+        "gated-deltanet",
+        "deltaproduct",
+    ):  # 6 d^2 parameters in a mixer for 4: fewer layers, as Gated DeltaNet's paper has 21
+        depth = round(7 / 8 * depth)
+    mix = _MIXES[model] if window is None else f"delta,swa(window={window})"
+    pattern = parse_mix(mix, d_model=d_model, depth=2 * depth)
+    if model == "deltanet+global":
+        pattern = tuple(pattern[layer in (1, depth // 2)] for layer in range(depth))
+    elif depth % len(pattern):  # nano's three layers: every second one all the same
+        pattern = tuple(pattern[layer % len(pattern)] for layer in range(depth))
+    # RetNet's values are twice as wide; its feed-forward layer is half of the others', which makes up for it.
+    feed_forward = 256 * -(-(4 * d_model // 3) // 256) if model == "retnet" else None
+    return ModelConfig(vocab_size=vocab_size, d_model=d_model, depth=depth, layers=pattern, feed_forward=feed_forward)
