@@ -30,7 +30,6 @@ class LaunchConfig:
     stages: int = 1
     block_v: int = 0  # most value columns of one program's tile; 0 where a kernel does not split V
     block_k: int = 0  # most key columns of one program's tile; 0 where a kernel does not split K
-    registers: int = 0  # most registers of a thread, 0: as many as the compiler likes
     apart: bool = False  # gradients: dk and dq in two passes
 
 
@@ -63,7 +62,7 @@ DECODE: Table = {(size, key_dim): LaunchConfig(warps=4, block_v=32) for size in 
 
 # The chunk kernels pad K and V to at least 64 columns: 32-wide tiles with 4 warps are miscompiled for Hopper by some Triton releases,
 # and every further width is one more configuration to prove. Key: (bytes of an element of q, padded K).
-CHUNK_TRANSFORM: Table = {(size, width): LaunchConfig(warps=1, block_k=64 if size == 2 else 32) for size in (2, 4) for width in (64, 128, 256)}
+CHUNK_TRANSFORM: Table = {(size, width): LaunchConfig(warps=1, block_k=min(width, 128) if size == 2 else 32) for size in (2, 4) for width in (64, 128, 256)}
 
 CHUNK_FORWARD: Table = {
     (2, 64): LaunchConfig(warps=4, stages=2, block_v=64),
@@ -91,3 +90,5 @@ CHUNK_GRADIENTS: Table = {
     (4, 128): LaunchConfig(warps=8, block_v=32, block_k=64),
     (4, 256): LaunchConfig(warps=8, block_v=32, block_k=64),
 }
+
+SEGMENT_CHAIN = LaunchConfig(warps=8, block_v=64, block_k=32)  # fp32 throughout, a few products a segment

@@ -1,16 +1,18 @@
-"""The chunked operator: which kernels run, in what order, over which memory. Four launches forward and backward, none of them per chunk.
+"""The chunked operator: which kernels run, in what order, over which memory. Two launches forward, two backward, none of them per chunk.
 
-    forward     chunk_transform -> X (and G);     forward -> o, final state, and for the backward E and the chunk states S
+    forward     transform -> X, beta in fp32, G;     forward -> o, final state, and for the backward E and the chunk states S
     backward    state_gradient -> dv, dbeta, D, dinitial_state;     gradients -> dq, dk, dg
 
-What is saved, in this order: X; beta in fp32 and, if gated, G; E; S under "states".
-Under "lean" S is computed again in the backward from k and E, one more launch.
-D, the state gradients, take no memory of their own when V <= 128 and every key head has one value head: a chunk's D fits where its
-dq and dk will be written by the one program that reads it.
+What is saved, in this order: X; beta in fp32 and, if gated, G; E; S under "states". Under "lean" S is computed again in the backward
+from k and E, one more launch. D, the state gradients, take no memory of their own when V <= 128 and every key head has one value
+head: a chunk's D fits where its dq and dk will be written by the one program that reads it.
+
+Few heads and long sequences leave most of the GPU idle; then the passes over states run on segments (chunk_segments.py).
 """
 
+from functools import cache
+
 import torch
-import triton
 from torch import Tensor
 
 from deltanet.kernels.launch import (
@@ -18,18 +20,21 @@ from deltanet.kernels.launch import (
     CHUNK_FORWARD,
     CHUNK_GRADIENTS,
     CHUNK_TRANSFORM,
+    SEGMENT_CHAIN,
     LaunchConfig,
     Table,
 )
 from deltanet.kernels.triton.chunk_backward import state_gradient
 from deltanet.kernels.triton.chunk_forward import forward
 from deltanet.kernels.triton.chunk_gradients import gradients
+from deltanet.kernels.triton.chunk_segments import chain
 from deltanet.kernels.triton.chunk_transform import transform
 
 __all__ = ["chunk_backward", "chunk_forward", "saved"]
 
 CHUNK = 64
 PACKED_ROW = 48  # elements of X per token: of a chunk's 64 x 64, the upper right quarter is zero and not stored
+SHORTEST_SEGMENT = 1024  # below 16 chunks a segment, computing its transition costs more than the idle multiprocessors
 PRECISION = "tf32x3"  # of products with fp32 operands; 16-bit operands do not look at it
 
 
@@ -49,17 +54,23 @@ def chunk_forward(
     """o `[B, T, HV, V]`, the final states or None, and what the backward needs (docs/conventions.md)."""
     q, k, v, beta = (x.contiguous() for x in (q, k, v, beta))
     g = None if g is None else g.contiguous()
-    shape = _Shape(q, v, cu_seqlens)
+    call = _Call(q, v, cu_seqlens)
     o = torch.empty_like(v)
-    final = q.new_empty(shape.states, dtype=torch.float32) if output_final_state else None
+    final = q.new_empty(call.states, dtype=torch.float32) if output_final_state else None
     kept = saved(q, v, g, save)
-    if shape.tokens == 0:
+    if call.tokens == 0:
         if final is not None:
             final.zero_() if initial_state is None else final.copy_(initial_state)
         return o, final, kept
-    X, b, E, G, S = _unpack(kept if save != "nothing" else saved(q, v, g, save, X_only=True), g)
-    _transform(shape, k, beta, g, b, G, X)
-    _forward(shape, q, k, v, b, G, X, initial_state, o, E, S, final, scale)
+    X, b, G, E, S = _unpack(kept if save != "nothing" else saved(q, v, g, save, between=True), g)
+    # bf16 keeps 8 bits of X, too few for long runs of alike keys at beta 2; the forward also reads the 8 that follow
+    X_low = torch.empty_like(X) if q.dtype == torch.bfloat16 else None
+    _transform(call, k, beta, g, b, G, X, X_low)
+    starts = _segment_starts(call, k, v, b, G, X, X_low, initial_state)
+    _forward(
+        call, q, k, v, b, G, X, X_low, initial_state if starts is None else starts, o, E, S, final, scale,
+        split=starts is not None, final_of=0 if final is None else 1 if starts is None else 2,
+    )  # fmt: skip
     return o, final, kept
 
 
@@ -77,81 +88,98 @@ def chunk_backward(
     saved: list[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Gradients of q, k, v, beta, g and initial_state, each in the dtype of its tensor."""
-    q, k, beta, do = (x.contiguous() for x in (q, k, beta, do))
-    dfinal_state = None if dfinal_state is None else dfinal_state.to(torch.float32).contiguous()
-    shape = _Shape(q, v, cu_seqlens)
-    dq, dk, dbeta = torch.empty_like(q), torch.empty_like(k), torch.empty_like(beta)
-    dv = torch.empty_like(v, memory_format=torch.contiguous_format)
-    dinitial = None if initial_state is None else torch.empty_like(initial_state)
+    q, k, do = (x.contiguous() for x in (q, k, do))
+    dfinal = None if dfinal_state is None else dfinal_state.to(torch.float32).contiguous()
+    call = _Call(q, v, cu_seqlens)
+    dq, dk = torch.empty_like(q), torch.empty_like(k)
+    dv, dbeta = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (v, beta))
     dg = None if g is None else torch.empty_like(g, memory_format=torch.contiguous_format)
-    if shape.tokens == 0:
+    dinitial = None if initial_state is None else torch.empty_like(initial_state)
+    if call.tokens == 0:
         if dinitial is not None:
-            dinitial.zero_() if dfinal_state is None else dinitial.copy_(dfinal_state)
+            dinitial.zero_() if dfinal is None else dinitial.copy_(dfinal)
         return dq, dk, dv, dbeta, dg, dinitial
     if scale == 0.0:  # D is carried divided by scale; with no output there is nothing to divide
         do, scale = torch.zeros_like(do), 1.0
-    X, b, E, G, S = _unpack(saved, g)
+    X, b, G, E, S = _unpack(saved, g)
     if S is None:
-        S = q.new_empty(shape.slots)
-        _forward(shape, None, k, None, b, G, X, initial_state, None, E, S, None, scale, replay=True)
+        S = q.new_empty(call.slots)
+        _forward(call, None, k, None, b, G, X, None, initial_state, None, E, S, None, scale, replay=True)
 
-    block_v = min(_pick(CHUNK_BACKWARD, q).block_v, _width(shape.V))
-    partial = q.new_empty((-(-shape.V // block_v), shape.HV, shape.tokens), dtype=torch.float32)
-    borrow = shape.H == shape.HV and shape.V <= 2 * CHUNK
-    D, D_high = (dq, dk) if borrow else (q.new_empty(shape.slots), dk)
+    block_v = min(_pick(CHUNK_BACKWARD, q).block_v, _width(call.V))
+    partial = q.new_empty((-(-call.V // block_v), call.HV, call.tokens), dtype=torch.float32)
+    borrow = call.H == call.HV and call.V <= 2 * CHUNK
+    D = (dq, dk) if borrow else (q.new_empty(call.slots), dk)
+    ends = _segment_ends(call, q, k, v, do, b, G, X, dfinal, scale)
     _state_gradient(
-        shape, q, k, do, E, b, G, X, dfinal_state, dv, partial, D, D_high, dinitial, scale, block_v, borrow
-    )
-    dg_parts = _gradients(
-        shape, q, k, do, E, dv, b, G, S, D, D_high, initial_state, dfinal_state, partial, dq, dk, dbeta, scale, borrow
-    )
+        call, q, k, do, E, b, G, X, dfinal if ends is None else ends, dv, partial, D, dinitial, scale,
+        borrow=borrow, split=ends is not None, initial_of=0 if dinitial is None else 1 if ends is None else 2,
+    )  # fmt: skip
+    parts = _gradients(call, q, k, do, E, dv, b, G, S, D, initial_state, dfinal, partial, dq, dk, dbeta, scale, borrow=borrow)
     if dg is not None:
-        dg.copy_(dg_parts[0] if dg_parts.shape[0] == 1 else dg_parts.sum(0))
+        dg.copy_(parts[0] if parts.shape[0] == 1 else parts.sum(0))
     return dq, dk, dv, dbeta, dg, dinitial
 
 
-def saved(q: Tensor, v: Tensor, g: Tensor | None, save: str, *, X_only: bool = False) -> list[Tensor]:
-    """What a forward keeps under `save`, as empty tensors; with X_only, what it needs in between when it keeps nothing."""
-    if save == "nothing" and not X_only:
+def saved(q: Tensor, v: Tensor, g: Tensor | None, save: str, *, between: bool = False) -> list[Tensor]:
+    """What a forward keeps under `save`, as empty tensors; with `between`, what it needs for itself when it keeps nothing."""
+    if save == "nothing" and not between:
         return []
     tokens, HV = v.shape[0] * v.shape[1], v.shape[2]
-    # |X| <= 1, so of two 16-bit formats fp16 holds it better: 3 bits more, which long runs of alike keys at beta 2 do need
-    X = q.new_empty(HV, tokens * PACKED_ROW, dtype=torch.float16 if q.element_size() == 2 else q.dtype)
-    b_G = [q.new_empty(HV, tokens, dtype=torch.float32) for _ in range(1 + (g is not None))]
-    if X_only:
+    X = q.new_empty(HV, tokens * PACKED_ROW)
+    b_G = [q.new_empty(HV, tokens, dtype=torch.float32) for _ in range(1 if g is None else 2)]
+    if between:
         return [X, *b_G]
     E = torch.empty_like(v, memory_format=torch.contiguous_format)
     return [X, *b_G, E, *([q.new_empty(_slots(q, v))] if save == "states" else [])]
 
 
 def _unpack(kept: list[Tensor], g: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """X, b, E, G, S of a list that `saved` made; None for what is not there."""
+    """X, b, G, E, S of a list that `saved` made; None for what is not there."""
     rest = iter(kept)
-    X = next(rest)
-    b = next(rest)
+    X, b = next(rest), next(rest)
     G = None if g is None else next(rest)
-    E = next(rest, None)
-    return X, b, E, G, next(rest, None)
+    return X, b, G, next(rest, None), next(rest, None)
 
 
 def _slots(q: Tensor, v: Tensor) -> tuple[int, int, int, int]:
     """Shape of the chunk states: at most one for every 64 tokens, however these divide into sequences (tiles.py)."""
-    return (q.shape[0] * q.shape[1] - 1) // CHUNK, v.shape[2], v.shape[3], q.shape[3]
+    return max(q.shape[0] * q.shape[1] - 1, 0) // CHUNK, v.shape[2], v.shape[3], q.shape[3]
 
 
-class _Shape:
+class _Call:
     """Sizes of one call, and the scalars by which a kernel finds its place."""
 
     def __init__(self, q: Tensor, v: Tensor, cu_seqlens: Tensor | None):
         B, T, self.H, self.K = q.shape
         self.HV, self.V = v.shape[2], v.shape[3]
-        self.tokens = B * T
-        self.packed = cu_seqlens is not None
-        self.N = cu_seqlens.shape[0] - 1 if cu_seqlens is not None else B
+        self.T, self.tokens, self.packed = T, B * T, cu_seqlens is not None
+        self.N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
         self.states = (self.N, self.HV, self.K, self.V)
         self.slots = _slots(q, v)
-        self.chunks = T // CHUNK + self.N if self.packed else B * -(-T // CHUNK)
-        self.place = (cu_seqlens, self.N, self.N.bit_length(), T)
+        self.place = (cu_seqlens, self.N, self.N.bit_length(), T, self.tokens)
+        self.sizes = {"H": self.H, "HV": self.HV, "K": self.K, "V": self.V, "PACKED": self.packed}
+        self.device = q.device
+
+    def parts(self, granule: int) -> int:
+        """Places in a grid over parts of `granule` tokens, whatever cu_seqlens says (tiles.py)."""
+        return self.T // granule + self.N if self.packed else self.N * -(-self.T // granule)
+
+    @property
+    def segment(self) -> int:
+        """Tokens of a segment, or 0 where whole sequences already fill half of the GPU."""
+        programs = self.N * self.HV * -(-self.V // 64)
+        free = 2 * _multiprocessors(self.device) // max(programs, 1)
+        if free < 4:
+            return 0
+        length = -(-self.T // free)
+        segment = max(SHORTEST_SEGMENT, -(-length // CHUNK) * CHUNK)
+        return segment if self.T >= 2 * segment else 0
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 0
 
 
 def _or(stand_in: Tensor, *tensors: Tensor | None) -> list[Tensor]:
@@ -168,58 +196,100 @@ def _pick(table: Table, q: Tensor) -> LaunchConfig:
 
 
 def _options(config: LaunchConfig) -> dict[str, int]:
-    options = {"num_warps": config.warps, "num_stages": config.stages}
-    if config.registers:
-        options["maxnreg"] = config.registers
-    return options
+    return {"num_warps": config.warps, "num_stages": config.stages}
 
 
-def _transform(shape: _Shape, k, beta, g, b, G, X) -> None:
-    transform[(shape.chunks, shape.HV)](
-        k, beta, *_or(k, g), b, *_or(k, G), X, *shape.place, shape.tokens,
-        H=shape.H, HV=shape.HV, K=shape.K, WIDTH=_pick(CHUNK_TRANSFORM, k).block_k, ALWAYS_PRECISE=k.element_size() == 4, PACKED=shape.packed, GATED=g is not None,
-        PRECISION=PRECISION, **_options(_pick(CHUNK_TRANSFORM, k)),
+def _transform(call: _Call, k, beta, g, b, G, X, X_low) -> None:
+    config = _pick(CHUNK_TRANSFORM, k)
+    transform[(call.parts(CHUNK), call.HV)](
+        k, beta, *_or(k, g), b, *_or(k, G), X, *_or(X, X_low), *call.place,
+        H=call.H, HV=call.HV, K=call.K, PACKED=call.packed, GATED=g is not None, REST=X_low is not None,
+        ALWAYS_PRECISE=k.element_size() == 4, WIDTH=config.block_k, PRECISION=PRECISION, **_options(config),
     )  # fmt: skip
 
 
-def _forward(shape: _Shape, q, k, v, b, G, X, initial, o, E, S, final, scale, *, replay: bool = False) -> None:
+def _forward(
+    call: _Call, q, k, v, b, G, X, X_low, initial, o, E, S, final, scale, *,
+    split: bool = False, final_of: int = 0, replay: bool = False, transition: bool = False,
+) -> None:  # fmt: skip
     config = _pick(CHUNK_FORWARD, k)
-    block_v = min(config.block_v, _width(shape.V))
-    forward[(shape.N * -(-shape.V // block_v), shape.HV)](
-        *_or(k, q, k, v, b, G, X, initial, o, E, S, final), *shape.place, shape.tokens, scale,
-        H=shape.H, HV=shape.HV, K=shape.K, V=shape.V, BK=_width(shape.K), BV=block_v, SEGMENT=0, PACKED=shape.packed,
-        GATED=G is not None, INITIAL=initial is not None, TRANSITION=False, REPLAY=replay,
-        OUTPUT=o is not None, SAVE_E=E is not None and not replay, SAVE_S=S is not None, FINAL=final is not None,
+    V = call.K if transition else call.V
+    block_v = min(config.block_v, _width(V))
+    segment = call.segment if split else 0
+    programs = (call.parts(segment) if split else call.N) * -(-V // block_v)
+    forward[(programs, call.HV)](
+        *_or(k, q, k, v, b, G, X, X_low, initial, o, E, S, final), *call.place, segment, scale,
+        H=call.H, HV=call.HV, K=call.K, V=V, BK=_width(call.K), BV=block_v, SPLIT=split, PACKED=call.packed,
+        GATED=G is not None, REST=X_low is not None, INITIAL=initial is not None, TRANSITION=transition, REPLAY=replay,
+        OUTPUT=o is not None, SAVE_E=E is not None and not replay, SAVE_S=S is not None, FINAL=final_of,
         PRECISION=PRECISION, **_options(config),
     )  # fmt: skip
 
 
 def _state_gradient(
-    shape: _Shape, q, k, do, E, b, G, X, dfinal, dv, partial, D, D_high, dinitial, scale, block_v: int, borrow: bool
+    call: _Call, q, k, do, E, b, G, X, dfinal, dv, partial, D, dinitial, scale, *,
+    borrow: bool = False, split: bool = False, initial_of: int = 0,
 ) -> None:  # fmt: skip
-    state_gradient[(shape.N * partial.shape[0], shape.HV)](
-        q, k, do, E, b, *_or(k, G), X, *_or(k, dfinal), dv, partial, D, D_high, *_or(k, dinitial),
-        *shape.place, shape.tokens, scale, 1.0 / scale,
-        H=shape.H, HV=shape.HV, K=shape.K, V=shape.V, BK=_width(shape.K), BV=block_v, SEGMENT=0, PACKED=shape.packed,
-        GATED=G is not None, FINAL=dfinal is not None, INITIAL=dinitial is not None, OUTPUT=True,
-        BORROW=borrow, PRECISION=PRECISION, **_options(_pick(CHUNK_BACKWARD, q)),
+    config = _pick(CHUNK_BACKWARD, q)
+    block_v = min(config.block_v, _width(call.V))
+    segment = call.segment if split else 0
+    programs = (call.parts(segment) if split else call.N) * -(-call.V // block_v)
+    state_gradient[(programs, call.HV)](
+        *_or(k, q, k, do, E, b, G, X, dfinal, dv, partial, *D, dinitial), *call.place, segment, scale, 1.0 / scale,
+        BK=_width(call.K), BV=block_v, SPLIT=split, GATED=G is not None, FINAL=dfinal is not None, INITIAL=initial_of,
+        OUTPUT=dv is not None, BORROW=borrow, PRECISION=PRECISION, **call.sizes, **_options(config),
     )  # fmt: skip
 
 
 def _gradients(
-    shape: _Shape, q, k, do, E, dv, b, G, S, D, D_high, initial, dfinal, partial, dq, dk, dbeta, scale, borrow: bool
+    call: _Call, q, k, do, E, dv, b, G, S, D, initial, dfinal, partial, dq, dk, dbeta, scale, *, borrow: bool
 ) -> Tensor | None:  # fmt: skip
+    """Writes dq, dk, dbeta; returns dg as `[tiles of K, B, T, HV]`, to be summed."""
     config = _pick(CHUNK_GRADIENTS, q)
-    block_k = min(config.block_k, _width(shape.K))
-    tiles = -(-shape.K // block_k)
+    block_k = min(config.block_k, _width(call.K))
+    tiles = -(-call.K // block_k)
     first_S = None if initial is None else initial.transpose(2, 3).to(q.dtype).contiguous()
     last_D = None if dfinal is None else (dfinal / scale).transpose(2, 3).to(q.dtype).contiguous()
     dg = None if G is None else q.new_empty((tiles, *dbeta.shape), dtype=torch.float32)
-    gradients[(tiles * shape.chunks, shape.H)](
-        q, k, do, E, dv, b, *_or(k, G), S, D, D_high, *_or(k, first_S, last_D), partial, dq, dk, dbeta, *_or(k, dg),
-        *shape.place, shape.tokens, scale,
-        H=shape.H, HV=shape.HV, K=shape.K, V=shape.V, BK=block_k, BV=min(config.block_v, _width(shape.V)),
-        PARTIALS=partial.shape[0], PACKED=shape.packed, GATED=G is not None, INITIAL=initial is not None,
-        FINAL=dfinal is not None, BORROW=borrow, APART=config.apart, PRECISION=PRECISION, **_options(config),
+    gradients[(tiles * call.parts(CHUNK), call.H)](
+        *_or(k, q, k, do, E, dv, b, G, S, *D, first_S, last_D, partial, dq, dk, dbeta, dg), *call.place, scale,
+        BK=block_k, BV=min(config.block_v, _width(call.V)), PARTIALS=partial.shape[0], GATED=G is not None,
+        INITIAL=initial is not None, FINAL=dfinal is not None, BORROW=borrow, APART=config.apart, PRECISION=PRECISION,
+        **call.sizes, **_options(config),
     )  # fmt: skip
     return dg
+
+
+def _segment_starts(call: _Call, k, v, b, G, X, X_low, initial) -> Tensor | None:
+    """The state at the start of each segment, or None where sequences are not cut."""
+    if not call.segment:
+        return None
+    N = k.new_empty((call.parts(call.segment), *call.states[1:]), dtype=torch.float32)
+    _forward(call, None, k, v, b, G, X, X_low, None, None, None, None, N, 1.0, split=True, final_of=1)
+    return _chain(call, _transitions(call, k, b, G, X, X_low), N, initial, backwards=False)
+
+
+def _segment_ends(call: _Call, q, k, v, do, b, G, X, dfinal, scale) -> Tensor | None:
+    """The state gradient at the end of each segment, or None where sequences are not cut."""
+    if not call.segment:
+        return None
+    d = k.new_empty((call.parts(call.segment), *call.states[1:]), dtype=torch.float32)
+    _state_gradient(call, q, k, do, None, b, G, X, None, None, None, (None, None), d, scale, split=True, initial_of=1)
+    return _chain(call, _transitions(call, k, b, G, X, None), d, dfinal, backwards=True)
+
+
+def _transitions(call: _Call, k, b, G, X, X_low) -> Tensor:
+    M = k.new_empty((call.parts(call.segment), call.HV, call.K, call.K), dtype=torch.float32)
+    _forward(call, None, k, None, b, G, X, X_low, None, None, None, None, M, 1.0, split=True, final_of=1, transition=True)
+    return M
+
+
+def _chain(call: _Call, M, N, given, *, backwards: bool) -> Tensor:
+    out = torch.empty_like(N)
+    config = SEGMENT_CHAIN
+    chain[(call.N * -(-call.V // config.block_v), call.HV)](
+        M, N, *_or(N, given), out, call.place[0], call.T, call.segment,
+        HV=call.HV, K=call.K, V=call.V, BK=_width(call.K), BV=config.block_v, STEP=config.block_k, PACKED=call.packed,
+        GIVEN=given is not None, BACKWARDS=backwards, PRECISION=PRECISION, **_options(config),
+    )  # fmt: skip
+    return out

@@ -15,7 +15,7 @@ import triton.language as tl
 from deltanet.kernels.triton.tiles import CHUNK, decay_between, find_part
 
 
-@triton.jit(do_not_specialize=["T", "N", "steps", "tokens", "scale", "inverse_scale"])
+@triton.jit(do_not_specialize=["T", "N", "steps", "tokens", "segment", "scale", "inverse_scale"])
 def state_gradient(
     q,  # [tokens, H, K]
     k,  # [tokens, H, K]
@@ -23,18 +23,19 @@ def state_gradient(
     E,  # [tokens, HV, V]
     strength,  # [HV, tokens] fp32: beta
     G,  # [HV, tokens] fp32, gated only
-    X,  # [HV, tokens * 48], in fp16 where the others are bf16
+    X,  # [HV, tokens * 48]
     dfinal,  # [segments, HV, K, V] fp32, FINAL only
     dv,  # [tokens, HV, V] out, OUTPUT only
     partial,  # [tiles of V, HV, tokens] fp32 out, OUTPUT only: the sums over a tile that make dbeta
     D,  # [slots, HV, V, K] out: D / scale between chunks c and c + 1, in the slot of c + 1. BORROW: dq, rows 0..63 of V
     D_high,  # BORROW: dk, rows 64..127 of V; D of a chunk lies where its dq and dk will be written
-    dinitial,  # [segments, HV, K, V] fp32 out, INITIAL only
+    dinitial,  # [segments or N, HV, K, V] fp32 out, INITIAL only
     cu_seqlens,
     N,
     steps,
     T,
     tokens,
+    segment,  # tokens of a segment, a multiple of 64
     scale,
     inverse_scale,
     H: tl.constexpr,
@@ -43,11 +44,11 @@ def state_gradient(
     V: tl.constexpr,
     BK: tl.constexpr,
     BV: tl.constexpr,
-    SEGMENT: tl.constexpr,
+    SPLIT: tl.constexpr,  # sequences are cut into segments, one program each
     PACKED: tl.constexpr,
     GATED: tl.constexpr,
     FINAL: tl.constexpr,
-    INITIAL: tl.constexpr,
+    INITIAL: tl.constexpr,  # 1: of every segment, 2: of every sequence, by its first segment
     OUTPUT: tl.constexpr,
     BORROW: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -56,8 +57,9 @@ def state_gradient(
     tile = tl.program_id(0) % TILES
     place = tl.program_id(0) // TILES
     head = tl.program_id(1)
-    if SEGMENT == 0:
+    if not SPLIT:
         sequence = place
+        part = 0
         if PACKED:
             begin = tl.load(cu_seqlens + place).to(tl.int64)
             end = tl.load(cu_seqlens + place + 1).to(tl.int64)
@@ -66,9 +68,9 @@ def state_gradient(
             end = begin + T
         chunks = tl.cdiv(end - begin, CHUNK).to(tl.int32)
     else:
-        sequence, part, begin, end = find_part(place, cu_seqlens, N, steps, T, SEGMENT, PACKED)
-        begin += part * SEGMENT
-        chunks = tl.minimum(tl.cdiv(end - begin, CHUNK).to(tl.int32), SEGMENT // CHUNK)
+        sequence, part, begin, end = find_part(place, cu_seqlens, N, steps, T, segment, PACKED)
+        begin += part * segment
+        chunks = tl.minimum(tl.cdiv(end - begin, CHUNK).to(tl.int32), segment // CHUNK)
 
     state = (place.to(tl.int64) * HV + head) * K * V
     t = tl.arange(0, CHUNK)
@@ -135,10 +137,7 @@ def state_gradient(
 
         bG = -(Gt * b[None, :]).to(keys.dtype)
         x = tl.load(X + c * 3072 + x_at, mask=x_in & valid[:, None], other=0.0)
-        Ht = tl.dot(bG, x.to(keys.dtype), Gt, input_precision=PRECISION)
-        if X.dtype.element_ty != k.dtype.element_ty:  # bf16 keeps 8 of the 11 bits: the other 3 are a product of their own
-            x = (x.to(tl.float32) - x.to(keys.dtype).to(tl.float32)).to(keys.dtype)
-            Ht = tl.dot(bG, x, Ht, input_precision=PRECISION)
+        Ht = tl.dot(bG, x, Gt, input_precision=PRECISION)
 
         dW = Ht * b[None, :]
         if OUTPUT:
@@ -152,5 +151,8 @@ def state_gradient(
             Dt *= tl.math.exp2(last)
         Dt = tl.dot(tl.trans(douts), queries, Dt, input_precision=PRECISION)
         Dt = tl.dot((-dW).to(keys.dtype), keys, Dt, input_precision=PRECISION)
-    if INITIAL:
+    if INITIAL == 1:
         tl.store(dinitial + state + at_state, Dt * scale, mask=in_k[None, :] & in_v[:, None])
+    if INITIAL == 2:
+        state = (sequence.to(tl.int64) * HV + head) * K * V
+        tl.store(dinitial + state + at_state, Dt * scale, mask=in_k[None, :] & in_v[:, None] & (part == 0))

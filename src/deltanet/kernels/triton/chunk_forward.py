@@ -14,24 +14,26 @@ import triton.language as tl
 from deltanet.kernels.triton.tiles import CHUNK, decay_between, find_part
 
 
-@triton.jit(do_not_specialize=["T", "N", "steps", "tokens", "scale"])
+@triton.jit(do_not_specialize=["T", "N", "steps", "tokens", "segment", "scale"])
 def forward(
     q,  # [tokens, H, K]
     k,  # [tokens, H, K]
     v,  # [tokens, HV, V]; unused when TRANSITION
     strength,  # [HV, tokens] fp32: beta
     G,  # [HV, tokens] fp32, gated only
-    X,  # [HV, tokens * 48], in fp16 where the others are bf16
+    X,  # [HV, tokens * 48]
+    X_low,  # the same shape: what rounding X left over, REST only
     initial,  # [segments, HV, K, V] fp32, INITIAL only
     o,  # [tokens, HV, V] out, OUTPUT only
     E,  # [tokens, HV, V] out if SAVE_E, in if REPLAY
     S,  # [slots, HV, V, K] out: the state at the start of each chunk but the first, SAVE_S only
-    final,  # [segments, HV, K, V] fp32 out, FINAL only
+    final,  # [segments or N, HV, K, V] fp32 out, FINAL only
     cu_seqlens,
     N,
     steps,
     T,
     tokens,
+    segment,  # tokens of a segment, a multiple of 64
     scale,
     H: tl.constexpr,
     HV: tl.constexpr,
@@ -39,23 +41,24 @@ def forward(
     V: tl.constexpr,
     BK: tl.constexpr,
     BV: tl.constexpr,
-    SEGMENT: tl.constexpr,  # tokens of a segment, 0: the whole sequence
+    SPLIT: tl.constexpr,  # sequences are cut into segments, one program each
     PACKED: tl.constexpr,
     GATED: tl.constexpr,
+    REST: tl.constexpr,
     INITIAL: tl.constexpr,
     TRANSITION: tl.constexpr,  # v = 0 and S starts as the identity: the final state is the segment's transition
     REPLAY: tl.constexpr,  # E is read, not computed: only the states are wanted
     OUTPUT: tl.constexpr,
     SAVE_E: tl.constexpr,
     SAVE_S: tl.constexpr,
-    FINAL: tl.constexpr,
+    FINAL: tl.constexpr,  # 1: of every segment, 2: of every sequence, by its last segment
     PRECISION: tl.constexpr,
 ):
     TILES: tl.constexpr = (V + BV - 1) // BV
     tile = tl.program_id(0) % TILES
     place = tl.program_id(0) // TILES
     head = tl.program_id(1)
-    if SEGMENT == 0:
+    if not SPLIT:
         sequence = place
         part = 0
         if PACKED:
@@ -67,9 +70,9 @@ def forward(
         chunks = tl.cdiv(end - begin, CHUNK).to(tl.int32)
         c_from = 0
     else:
-        sequence, part, begin, end = find_part(place, cu_seqlens, N, steps, T, SEGMENT, PACKED)
-        c_from = part * (SEGMENT // CHUNK)
-        chunks = tl.minimum(tl.cdiv(end - begin, CHUNK).to(tl.int32) - c_from, SEGMENT // CHUNK)
+        sequence, part, begin, end = find_part(place, cu_seqlens, N, steps, T, segment, PACKED)
+        c_from = part * (segment // CHUNK)
+        chunks = tl.minimum(tl.cdiv(end - begin, CHUNK).to(tl.int32) - c_from, segment // CHUNK)
 
     state = (place.to(tl.int64) * HV + head) * K * V
     t = tl.arange(0, CHUNK)
@@ -95,10 +98,11 @@ def forward(
     strength += along
     G += along
     X += along * 48
+    X_low += along * 48
     slot = begin // CHUNK - 1
     length = (end - begin).to(tl.int32)
-    x_at = tl.where(t < 32, t * 32, t * 64 - 1024)[None, :] + t[:, None]  # X^T, as the product below wants it
-    x_in = (t[None, :] >= 32) | (t[:, None] < 32)
+    x_at = tl.where(t < 32, t * 32, t * 64 - 1024)[:, None] + t[None, :]
+    x_in = (t[:, None] >= 32) | (t[None, :] < 32)
 
     for c in range(chunks):
         row = c * CHUNK + t
@@ -129,11 +133,12 @@ def forward(
                 values = tl.load(v + row[:, None] * (HV * V) + e[None, :], mask=valid[:, None] & in_v[None, :], other=0.0)
                 W = tl.trans(values).to(tl.float32) - W
             bW = -(W * b[None, :]).to(keys.dtype)
-            x = tl.load(X + c * 3072 + x_at, mask=x_in & valid[None, :], other=0.0)
-            Et = tl.dot(bW, x.to(keys.dtype), W, input_precision=PRECISION)
-            if X.dtype.element_ty != k.dtype.element_ty:  # bf16 keeps 8 of the 11 bits: the other 3 are a product of their own
-                x = (x.to(tl.float32) - x.to(keys.dtype).to(tl.float32)).to(keys.dtype)
-                Et = tl.dot(bW, x, Et, input_precision=PRECISION)
+            x_mask = x_in & valid[:, None]
+            x = tl.load(X + c * 3072 + x_at, mask=x_mask, other=0.0)
+            Et = tl.dot(bW, tl.trans(x), W, input_precision=PRECISION)
+            if REST:
+                x = tl.load(X_low + c * 3072 + x_at, mask=x_mask, other=0.0)
+                Et = tl.dot(bW, tl.trans(x), Et, input_precision=PRECISION)
         at = row[None, :] * (HV * V) + e[:, None]
         if SAVE_E:
             tl.store(E + at, Et.to(E.dtype.element_ty), mask=valid[None, :] & in_v[:, None])
@@ -157,5 +162,9 @@ def forward(
         else:
             new = (Et * b[None, :]).to(keys.dtype)
             St = tl.dot(new, keys, St, input_precision=PRECISION)
-    if FINAL:
+    if FINAL == 1:
         tl.store(final + state + at_state, St, mask=in_k[None, :] & in_v[:, None])
+    if FINAL == 2:
+        state = (sequence.to(tl.int64) * HV + head) * K * V
+        ends = (length <= chunks * CHUNK) & ((chunks > 0) | (part == 0))
+        tl.store(final + state + at_state, St, mask=in_k[None, :] & in_v[:, None] & ends)

@@ -15,7 +15,7 @@ CHUNK = tl.constexpr(64)
 
 
 @triton.jit
-def find_part(place, cu_seqlens, N, steps, T, GRANULE: tl.constexpr, PACKED: tl.constexpr):
+def find_part(place, cu_seqlens, N, steps, T, GRANULE, PACKED: tl.constexpr):
     """The sequence, part, first token and end of the sequence at `place`; an empty place has part * GRANULE >= end - begin."""
     if PACKED:
         low = place * 0
