@@ -14,12 +14,13 @@ import pytest
 import torch
 
 from deltanet.data import Batch, ByteTokenizer, SequentialWindows, ShuffledWindows, tokenize
+from deltanet.evaluation import token_losses
 from deltanet.models import Block, LanguageModel
 from deltanet.training import CheckpointError, NonFiniteError, RunConfig, read_config, read_metrics, train, write_config
 from deltanet.training import checkpoint as checkpoint_module
 from deltanet.training import trainer as module
 from deltanet.training.optimizer import build_optimizer
-from deltanet.training.trainer import forward_backward, token_losses, train_step
+from deltanet.training.trainer import forward_backward, train_step
 
 SOURCE = Path(__file__).parents[2] / "src"
 

@@ -29,7 +29,7 @@ class EvaluateOptions:
     step: int | None = None
     """A saved step; by default the newest."""
     max_tokens: int | None = None
-    """Read only the beginning of the held-out text; by default all of it."""
+    """Read only so many tokens, spread over the held-out text; by default all of it."""
     stretch: int = 4
     """How many times the training window the positions in the context are measured up to."""
     longest: int = 16384

@@ -112,7 +112,7 @@ class TextScreen(Screen):
             self._print(line)
 
     def evaluation(self, evaluation: Evaluation) -> None:
-        part = "all" if evaluation.whole else "the first"
+        part = "all" if evaluation.whole else "a sample of"
         text = f"step {evaluation.step}: validation {evaluation.bits_per_byte:.3f} bits per byte"
         self._print(f"{text} ({part} {evaluation.bytes:,} bytes)", "bold green")
 

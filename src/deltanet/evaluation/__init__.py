@@ -3,6 +3,6 @@
 May import inference, models, data and below. Used by training (validation during a run) and the command line.
 """
 
-from deltanet.evaluation.language_modeling import Score, compressed_bits_per_byte, evaluate, text_of
+from deltanet.evaluation.language_modeling import Score, compressed_bits_per_byte, evaluate, text_of, token_losses
 
-__all__ = ["Score", "compressed_bits_per_byte", "evaluate", "text_of"]
+__all__ = ["Score", "compressed_bits_per_byte", "evaluate", "text_of", "token_losses"]

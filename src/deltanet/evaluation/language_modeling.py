@@ -6,7 +6,6 @@ bits per byte = (sum of the losses in nats) / ln 2 / (bytes of text that the tar
 import gzip
 import lzma
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -72,7 +71,7 @@ def evaluate(
         model: any dtype; the losses are added up in fp64.
         windows: each target counts once, and masked ones not at all, so that the bytes are exactly those of the text.
         batch_size: windows at once: a matter of memory and speed only.
-        max_tokens: read only as many windows from the start as hold this many tokens (at least one window).
+        max_tokens: read only as many windows as hold this many tokens (at least one), evenly spread over the text.
 
     Raises ValueError if the losses are not finite.
     """
@@ -84,8 +83,9 @@ def evaluate(
     text_bytes = torch.zeros(length, dtype=torch.int64)
     lengths = _bytes_of_tokens(windows.stream.tokenizer)
     count = len(windows) if max_tokens is None else min(len(windows), -(-max_tokens // length))
-    for batch in _batches(windows, count, batch_size):
-        nats = _losses(model, batch.to(device)).double().flatten().cpu()
+    chosen = np.arange(count) * len(windows) // count
+    for batch in (windows.at(part) for part in np.split(chosen, range(batch_size, count, batch_size))):
+        nats = token_losses(model, batch.to(device)).double().flatten().cpu()
         targets, position = batch.targets.flatten(), _positions(batch)
         real = targets >= 0
         totals[0].index_add_(0, position, nats)
@@ -112,12 +112,7 @@ def text_of(stream: TokenStream) -> bytes:
     return stream.tokenizer.decode(stream.read(0, len(stream))).encode()
 
 
-def _batches(windows: SequentialWindows, count: int, batch_size: int) -> Iterator[Batch]:
-    for position in range(0, count, batch_size):
-        yield windows.batch_at(position, min(batch_size, count - position))
-
-
-def _losses(model: LanguageModel, batch: Batch) -> Tensor:
+def token_losses(model: LanguageModel, batch: Batch) -> Tensor:
     """Nats `[B, T]`. Rows with documents inside go through the model packed, so that none sees the one before."""
     if batch.cu_seqlens is None:
         return model.losses(batch.inputs, batch.targets)

@@ -9,14 +9,15 @@ from deltanet.ops.backends import nearest
 
 __all__ = ["MODELS", "SIZES", "preset"]
 
-# size: (d_model, depth). Heads are 64 wide up to micro, so that a laptop has more than one, and 128 above, as in the paper.
+# size: (d_model, depth, init_std). Heads are 64 wide up to micro, so that a laptop has more than one, and 128 above, as in the
+# paper. Narrow models begin with larger matrices than the paper's 0.02: nano's quickstart ends 0.1 bits per byte lower (docs/log.md).
 _SHAPES = {
-    "nano": (128, 3),
-    "micro": (256, 6),
-    "small": (512, 8),
-    "medium": (768, 12),
-    "340m": (1024, 24),
-    "1.3b": (2048, 24),
+    "nano": (128, 3, 0.06),
+    "micro": (256, 6, 0.04),
+    "small": (512, 8, 0.02),
+    "medium": (768, 12, 0.02),
+    "340m": (1024, 24, 0.02),
+    "1.3b": (2048, 24, 0.02),
 }
 SIZES = tuple(_SHAPES)
 
@@ -58,7 +59,7 @@ def preset(size: str, vocab_size: int = 32000, *, model: str = "deltanet", windo
         raise ValueError(f"model must be one of {', '.join(MODELS)}, got {model!r}{nearest(model.lower(), MODELS)}")
     if window is not None and model != "deltanet+swa":
         raise ValueError(f"window is an option of deltanet+swa, got {window} for {model}: leave it out")
-    d_model, depth = _SHAPES[size]
+    d_model, depth, init_std = _SHAPES[size]
     if model in (
         "gated-deltanet",
         "deltaproduct",
@@ -72,4 +73,11 @@ def preset(size: str, vocab_size: int = 32000, *, model: str = "deltanet", windo
         pattern = tuple(pattern[layer % len(pattern)] for layer in range(depth))
     # RetNet's values are twice as wide; its feed-forward layer is half of the others', which makes up for it.
     feed_forward = 256 * -(-(4 * d_model // 3) // 256) if model == "retnet" else None
-    return ModelConfig(vocab_size=vocab_size, d_model=d_model, depth=depth, layers=pattern, feed_forward=feed_forward)
+    return ModelConfig(
+        vocab_size=vocab_size,
+        d_model=d_model,
+        depth=depth,
+        layers=pattern,
+        feed_forward=feed_forward,
+        init_std=init_std,
+    )

@@ -73,7 +73,7 @@ class TrainConfig:
     evaluate_every: int = 250
     """Steps between evaluations during the run; the whole validation text is evaluated at the end."""
     evaluate_tokens: int = 16384
-    """Tokens of validation text, from its start on, that an evaluation during the run reads."""
+    """Tokens of validation text, evenly spread over it, that an evaluation during the run reads."""
     sample_tokens: int = 200
     """Tokens written as a sample at every evaluation; 0: none."""
     save_every: int = 500

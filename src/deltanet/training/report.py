@@ -52,7 +52,7 @@ class Evaluation:
     tokens: int
     bits_per_byte: float
     bytes: int  # how much text was read
-    whole: bool  # the whole validation text, or its beginning
+    whole: bool  # the whole validation text, or windows spread over it
     seconds: float  # that it took
 
 

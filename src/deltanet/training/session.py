@@ -85,7 +85,7 @@ class Session:
         return [batch.to(self.device) for batch in batches]
 
     def evaluate(self, max_tokens: int | None) -> Evaluation:
-        """Bits per byte of the validation text, the whole of it or its beginning."""
+        """Bits per byte of the validation text, the whole of it or windows spread over it."""
         begun = time.monotonic()
         with self.autocast:
             score = evaluate(self.model, self.validation, batch_size=self.rows_at_once, max_tokens=max_tokens)

@@ -7,7 +7,7 @@ from deltanet.training.config import DataConfig, RunConfig, TrainConfig
 # size: (context, batch_size, micro_batch_size, steps, learning_rate, warmup_steps, evaluate_every)
 # 340m and 1.3b: batch, length and rates of the paper (recipes/340m.toml says where from). The rest grows towards them.
 _RUNS = {
-    "nano": (128, 16, 16, 700, 3e-3, 50, 100),
+    "nano": (128, 16, 16, 500, 3e-3, 50, 100),
     "micro": (256, 32, 32, 3000, 2e-3, 200, 250),
     "small": (512, 64, 64, 10000, 1e-3, 500, 500),
     "medium": (1024, 128, 32, 20000, 6e-4, 1000, 500),

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from deltanet.data import IGNORED, Batch
+from deltanet.evaluation import token_losses
 from deltanet.models import LanguageModel
 from deltanet.training.checkpoint import CheckpointError, step_of
 from deltanet.training.config import RunConfig, write_config
@@ -154,13 +155,6 @@ def forward_backward(
         loss.backward()
         total += loss.detach()
     return total
-
-
-def token_losses(model: LanguageModel, batch: Batch) -> Tensor:
-    """Nats of every target; rows that hold several documents go through the model as packed sequences."""
-    if batch.cu_seqlens is None:
-        return model.losses(batch.inputs, batch.targets)
-    return model.losses(batch.inputs.view(1, -1), batch.targets.view(1, -1), cu_seqlens=batch.cu_seqlens)
 
 
 def count_targets(batches: Sequence[Batch]) -> int:
