@@ -30,7 +30,7 @@ class Chunks:
     @staticmethod
     def of(x: Tensor, cu_seqlens: Tensor | None, limit: int) -> "Chunks":
         """The chunks of x `[B, T, ...]`, of at most `limit` tokens (a power of two) and no longer than the sequences need."""
-        B, T = x.shape[:2]
+        B, T, device = *x.shape[:2], x.device
         if cu_seqlens is None:
             size = _size(T, limit)
             return Chunks(B, T, size, [B] * -(-T // size))
@@ -44,9 +44,10 @@ class Chunks:
             first += [start for start, _ in active]
             ends += [end for _, end in active]
             steps.append(len(active))
-        index = torch.tensor(first, device=x.device).view(-1, 1) + torch.arange(size, device=x.device)
-        index = index.where(index < torch.tensor(ends, device=x.device).view(-1, 1), T)
-        return Chunks(B, T, size, steps, index, torch.tensor([n for _, n, _ in sequences], device=x.device))
+        starts, stops = (torch.tensor(x, dtype=torch.int64).to(device).view(-1, 1) for x in (first, ends))
+        index = starts + torch.arange(size, device=device)
+        order = torch.tensor([n for _, n, _ in sequences]).to(device)
+        return Chunks(B, T, size, steps, index.where(index < stops, T), order)
 
     def split(self, x: Tensor) -> Tensor:
         """`[B, T, ...]` -> `[M, C, ...]`."""
