@@ -18,7 +18,7 @@ after which S and D are plain sums of outer products that can be rebuilt in eith
 
 Every program owns a strip of the state, all of it in the registers of one warp, and shares nothing: no atomics, no partial sums
 of dq and dk, the same bits in every run. The strip of [across, along] = [columns that recur on their own, the dimension that is summed]
-is held as a 4-D tile so that a lane has a long run of `along` in registers: sums cost two shuffles, and a token costs 3 FMA an element.
+is held as a 5-D tile so that a lane has a long run of `along` in registers: sums cost two shuffles, and a token costs 3 FMA an element.
 """
 
 import torch
@@ -31,6 +31,7 @@ from deltanet.kernels.triton.decode import decode_step
 
 __all__ = ["recurrent_backward", "recurrent_forward", "recurrent_saved"]
 
+PARTS = tl.constexpr(4)  # sums that a lane carries side by side: one long chain of additions would wait 4 cycles for each
 WARP = tl.constexpr(32)  # lanes of a warp: LANES of them share a sum, and WARP / LANES hold different columns
 
 
@@ -52,9 +53,10 @@ def place(cu_seqlens, T, HV, STRIPS: tl.constexpr, PACKED: tl.constexpr):
 
 @triton.jit
 def along_index(ALONG: tl.constexpr, LANES: tl.constexpr):
-    """[ALONG / LANES, LANES]: each lane's run lies together in memory, so that it is read in few wide pieces."""
-    RUN: tl.constexpr = ALONG // LANES
-    return tl.arange(0, RUN)[:, None] + tl.arange(0, LANES)[None, :] * RUN
+    """[PARTS, run, LANES]: what a lane holds lies together in memory, so that it is read in few wide pieces."""
+    RUN: tl.constexpr = ALONG // LANES // PARTS
+    part = tl.arange(0, PARTS)[:, None, None] * RUN
+    return tl.arange(0, LANES)[None, None, :] * (RUN * PARTS) + part + tl.arange(0, RUN)[None, :, None]
 
 
 @triton.jit
@@ -74,38 +76,80 @@ def state_tile(
     STRIP: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    """Pointers [run, STRIP / ACROSS, LANES, ACROSS] to a strip of one state.
+    """Pointers [PARTS, run, STRIP / ACROSS, LANES, ACROSS] to a strip of one state.
 
     The hints understate how contiguous memory is. Told the truth, the compiler spreads the tile over lanes for wide accesses to the state,
     which happen once, and keeps that layout in the loop, where every sum then costs 10 to 60 times the shuffles. A hint holds only on
     the operation it is given to, so the indices are spelled out again; Triton 3.7 reads the first pair, 3.6 the second.
     """
-    RUN: tl.constexpr = ALONG // LANES
+    RUN: tl.constexpr = ALONG // LANES // PARTS
     ACROSS: tl.constexpr = WARP // LANES
-    along = tl.arange(0, RUN)[:, None] + tl.arange(0, LANES)[None, :] * RUN
-    along = tl.max_contiguous(tl.multiple_of(along, [1, 1]), [1, 1])
+    part = tl.arange(0, PARTS)[:, None, None] * RUN
+    along = tl.arange(0, LANES)[None, None, :] * (RUN * PARTS) + part + tl.arange(0, RUN)[None, :, None]
+    along = tl.max_contiguous(tl.multiple_of(along, [1, 1, 1]), [1, 1, 1])
     across = strip * STRIP + tl.arange(0, STRIP // ACROSS)[:, None] * ACROSS + tl.arange(0, ACROSS)[None, :]
     across = tl.max_contiguous(tl.multiple_of(across, [1, 1]), [1, 1])
-    pointer = state + (along[:, None, :, None] * ALONG_STRIDE + across[None, :, None, :] * ACROSS_STRIDE)
-    return tl.max_contiguous(tl.multiple_of(pointer, [1, 1, 1, 1]), [1, 1, 2, 4])
+    pointer = state + (along[:, :, None, :, None] * ALONG_STRIDE + across[None, None, :, None, :] * ACROSS_STRIDE)
+    return tl.max_contiguous(tl.multiple_of(pointer, [1, 1, 1, 1, 1]), [1, 1, 1, 2, 4])
+
+
+@triton.jit
+def zeros(ALONG: tl.constexpr, STRIP: tl.constexpr, LANES: tl.constexpr):
+    """A strip of the state before the first write."""
+    return tl.zeros([PARTS, ALONG // LANES // PARTS, STRIP // (WARP // LANES), LANES, WARP // LANES], tl.float32)
 
 
 @triton.jit
 def wide(x):
     """A vector of the summed dimension against the tile, in fp32."""
-    return x.to(tl.float32)[:, None, :, None]
+    return x.to(tl.float32)[:, :, None, :, None]
 
 
 @triton.jit
 def tall(x):
     """A vector of the strip's own dimension against the tile."""
-    return x[None, :, None, :]
+    return x[None, None, :, None, :]
 
 
 @triton.jit
 def total(x):
-    """The sum over the summed dimension: in registers first, then across LANES."""
-    return tl.sum(tl.sum(x, 0), 1)
+    """The sum over the summed dimension: runs, then PARTS of them, in registers, then across LANES."""
+    return tl.sum(tl.sum(tl.sum(x, 1), 0), 1)
+
+
+@triton.jit
+def two(pointer, step, offset, mask, left):
+    """The vectors of the next two tokens; zero where fewer than two are left.
+
+    A pair at a time, because the compiler packs what it has loaded before the end of the loop body, and waits for it there: one token
+    a body would leave less than one token's arithmetic to hide the memory behind.
+    """
+    first = tl.load(pointer + offset, mask=mask & (left > 0), other=0.0)
+    return first, tl.load(pointer + step + offset, mask=mask & (left > 1), other=0.0)
+
+
+@triton.jit
+def two_numbers(pointer, step, left):
+    first = tl.load(pointer, mask=left > 0, other=0.0)
+    return first, tl.load(pointer + step, mask=left > 1, other=0.0)
+
+
+@triton.jit
+def write_and_read(S, k, q, v, beta, g, scale, o, e, there, GATED: tl.constexpr, SAVE: tl.constexpr, WRITE_O: tl.constexpr):
+    """One token of the forward: S after it. A token that is not there has k = 0 and g = 0 and leaves S as it is."""
+    key = wide(k)
+    if GATED:
+        decay = tl.exp(g.to(tl.float32))
+        error = v.to(tl.float32) - decay * total(S * key)
+        S = S * decay + key * tall(error * beta.to(tl.float32))
+    else:
+        error = v.to(tl.float32) - total(S * key)
+        S += key * tall(error * beta.to(tl.float32))
+    if WRITE_O:
+        tl.store(o, (total(S * wide(q)) * scale).to(o.dtype.element_ty), mask=there)
+    if SAVE:
+        tl.store(e, error, mask=there)
+    return S
 
 
 @triton.jit(do_not_specialize=["T", "scale"])
@@ -147,68 +191,65 @@ def forward(
     SAVE: tl.constexpr,
     WRITE_O: tl.constexpr,
 ):
-    """e, o and S, t ascending, for a strip of value columns. Loads run two tokens ahead of their use."""
+    """e, o and S, t ascending, for a strip of value columns."""
     strip, head, n, begin, length = place(cu_seqlens, T, HV, STRIPS, PACKED)
     key = along_index(ALONG, LANES)
     value = across_index(strip, STRIP, LANES)
     keys, values = key < K, value < V
-    tile = keys[:, None, :, None] & values[None, :, None, :]
+    tile = keys[:, :, None, :, None] & values[None, None, :, None, :]
     first_state = (n * HV + head) * K * V
 
     q += begin * q_token + head // group * q_head
     k += begin * k_token + head // group * k_head
     v += begin * v_token + head * v_head
     beta += begin * beta_token + head * beta_head
-    out = (begin * HV + head) * V + value
-    k_now = tl.load(k + key, mask=keys & (length > 0), other=0.0)
-    k_next = tl.load(k + k_token + key, mask=keys & (length > 1), other=0.0)
-    v_now = tl.load(v + value, mask=values & (length > 0), other=0.0)
-    v_next = tl.load(v + v_token + value, mask=values & (length > 1), other=0.0)
-    beta_now = tl.load(beta, mask=length > 0, other=0.0)
-    beta_next = tl.load(beta + beta_token, mask=length > 1, other=0.0)
-    if WRITE_O:
-        q_now = tl.load(q + key, mask=keys & (length > 0), other=0.0)
-        q_next = tl.load(q + q_token + key, mask=keys & (length > 1), other=0.0)
-    if GATED:
-        g += begin * g_token + head * g_head
-        g_now = tl.load(g, mask=length > 0, other=0.0)
-        g_next = tl.load(g + g_token, mask=length > 1, other=0.0)
-
+    g += begin * g_token + head * g_head
+    row = (begin * HV + head) * V + value
+    k_0, k_1 = two(k, k_token, key, keys, length)
+    q_0, q_1 = two(q, q_token, key, keys, length if WRITE_O else 0)
+    v_0, v_1 = two(v, v_token, value, values, length)
+    beta_0, beta_1 = two_numbers(beta, beta_token, length)
+    g_0, g_1 = two_numbers(g, g_token, length if GATED else 0)
     if INITIAL:
         S = tl.load(state_tile(initial + first_state, strip, V, 1, ALONG, STRIP, LANES), mask=tile, other=0.0)
     else:
-        S = tl.zeros([ALONG // LANES, STRIP // (WARP // LANES), LANES, WARP // LANES], tl.float32)
-    for t in range(0, length):
-        b_k, b_v, b_beta = wide(k_now), v_now.to(tl.float32), beta_now.to(tl.float32)
-        ahead = t + 2 < length
-        k += k_token
-        v += v_token
-        beta += beta_token
-        k_now, v_now, beta_now = k_next, v_next, beta_next
-        k_next = tl.load(k + k_token + key, mask=keys & ahead, other=0.0)
-        v_next = tl.load(v + v_token + value, mask=values & ahead, other=0.0)
-        beta_next = tl.load(beta + beta_token, mask=ahead, other=0.0)
-        if GATED:
-            decay = tl.exp(g_now.to(tl.float32))
-            g += g_token
-            g_now = g_next
-            g_next = tl.load(g + g_token, mask=ahead, other=0.0)
-            b_e = b_v - decay * total(S * b_k)
-            S = S * decay + b_k * tall(b_e * b_beta)
-        else:
-            b_e = b_v - total(S * b_k)
-            S += b_k * tall(b_e * b_beta)
-        if WRITE_O:
-            b_q = wide(q_now)
-            q += q_token
-            q_now = q_next
-            q_next = tl.load(q + q_token + key, mask=keys & ahead, other=0.0)
-            tl.store(o + out, (total(S * b_q) * scale).to(o.dtype.element_ty), mask=values)
-        if SAVE:
-            tl.store(e + out, b_e, mask=values)
-        out += HV * V
+        S = zeros(ALONG, STRIP, LANES)
+    for t in range(0, length, 2):
+        a_k, b_k, a_q, b_q, a_v, b_v, a_beta, b_beta, a_g, b_g = k_0, k_1, q_0, q_1, v_0, v_1, beta_0, beta_1, g_0, g_1
+        left = length - t - 2
+        k += 2 * k_token
+        q += 2 * q_token
+        v += 2 * v_token
+        beta += 2 * beta_token
+        g += 2 * g_token
+        k_0, k_1 = two(k, k_token, key, keys, left)
+        q_0, q_1 = two(q, q_token, key, keys, left if WRITE_O else 0)
+        v_0, v_1 = two(v, v_token, value, values, left)
+        beta_0, beta_1 = two_numbers(beta, beta_token, left)
+        g_0, g_1 = two_numbers(g, g_token, left if GATED else 0)
+        S = write_and_read(S, a_k, a_q, a_v, a_beta, a_g, scale, o + row, e + row, values, GATED, SAVE, WRITE_O)
+        row += HV * V
+        S = write_and_read(S, b_k, b_q, b_v, b_beta, b_g, scale, o + row, e + row, values & (left > -1), GATED, SAVE, WRITE_O)
+        row += HV * V
     if FINAL:
         tl.store(state_tile(final + first_state, strip, V, 1, ALONG, STRIP, LANES), S, mask=tile)
+
+
+@triton.jit
+def take_back_write(D, k, q, v, beta, g, do, e, scale, dv, dw, dbeta, v_dv, there, alive, GATED: tl.constexpr):
+    """One token of errors_backward: D before it."""
+    key, strength = wide(k), beta.to(tl.float32)
+    D += wide(q) * tall(do.to(tl.float32) * scale)
+    du = total(D * key)
+    value_gradient = du * strength
+    D -= key * tall(value_gradient)
+    tl.store(dbeta, tl.sum(tl.sum(du * e, 1), 0), mask=alive)
+    tl.store(dw, value_gradient, mask=there)
+    tl.store(dv, value_gradient.to(dv.dtype.element_ty), mask=there)
+    if GATED:
+        tl.store(v_dv, tl.sum(tl.sum(value_gradient * v.to(tl.float32), 1), 0), mask=alive)
+        D *= tl.exp(g.to(tl.float32))
+    return D
 
 
 @triton.jit(do_not_specialize=["T", "tokens", "scale"])
@@ -260,72 +301,72 @@ def errors_backward(
     key = along_index(ALONG, LANES)
     value = across_index(strip, STRIP, LANES)
     keys, values = key < K, value < V
-    tile = keys[:, None, :, None] & values[None, :, None, :]
+    tile = keys[:, :, None, :, None] & values[None, None, :, None, :]
     first_state = (n * HV + head) * K * V
 
     last = begin + length - 1  # may be -1 for an empty first sequence: nothing is read then
     q += last * q_token + head // group * q_head
     k += last * k_token + head // group * k_head
+    v += last * v_token + head * v_head
     do += last * do_token + head * do_head
     beta += last * beta_token + head * beta_head
+    g += last * g_token + head * g_head
     row = (last * HV + head) * V + value
     share = (strip.to(tl.int64) * tokens + last) * HV + head
-    k_now = tl.load(k + key, mask=keys & (length > 0), other=0.0)
-    k_next = tl.load(k - k_token + key, mask=keys & (length > 1), other=0.0)
-    q_now = tl.load(q + key, mask=keys & (length > 0), other=0.0)
-    q_next = tl.load(q - q_token + key, mask=keys & (length > 1), other=0.0)
-    do_now = tl.load(do + value, mask=values & (length > 0), other=0.0)
-    do_next = tl.load(do - do_token + value, mask=values & (length > 1), other=0.0)
-    e_now = tl.load(e + row, mask=values & (length > 0), other=0.0)
-    e_next = tl.load(e + row - HV * V, mask=values & (length > 1), other=0.0)
-    beta_now = tl.load(beta, mask=length > 0, other=0.0)
-    beta_next = tl.load(beta - beta_token, mask=length > 1, other=0.0)
-    if GATED:
-        g += last * g_token + head * g_head
-        v += last * v_token + head * v_head
-        g_now = tl.load(g, mask=length > 0, other=0.0)
-        g_next = tl.load(g - g_token, mask=length > 1, other=0.0)
-        v_now = tl.load(v + value, mask=values & (length > 0), other=0.0)
-        v_next = tl.load(v - v_token + value, mask=values & (length > 1), other=0.0)
-
+    gates = length if GATED else 0
+    k_0, k_1 = two(k, -k_token, key, keys, length)
+    q_0, q_1 = two(q, -q_token, key, keys, length)
+    v_0, v_1 = two(v, -v_token, value, values, gates)
+    do_0, do_1 = two(do, -do_token, value, values, length)
+    e_0, e_1 = two(e, -HV * V, row, values, length)
+    beta_0, beta_1 = two_numbers(beta, -beta_token, length)
+    g_0, g_1 = two_numbers(g, -g_token, gates)
     if FINAL:
         D = tl.load(state_tile(dfinal + first_state, strip, V, 1, ALONG, STRIP, LANES), mask=tile, other=0.0)
     else:
-        D = tl.zeros([ALONG // LANES, STRIP // (WARP // LANES), LANES, WARP // LANES], tl.float32)
-    for t in range(0, length):
-        b_k, b_q, b_e, b_do = wide(k_now), wide(q_now), e_now, do_now.to(tl.float32) * scale
-        b_beta = beta_now.to(tl.float32)
-        ahead = t + 2 < length
-        q -= q_token
-        k -= k_token
-        do -= do_token
-        beta -= beta_token
-        k_now, q_now, do_now, e_now, beta_now = k_next, q_next, do_next, e_next, beta_next
-        k_next = tl.load(k - k_token + key, mask=keys & ahead, other=0.0)
-        q_next = tl.load(q - q_token + key, mask=keys & ahead, other=0.0)
-        do_next = tl.load(do - do_token + value, mask=values & ahead, other=0.0)
-        e_next = tl.load(e + row - 2 * HV * V, mask=values & ahead, other=0.0)
-        beta_next = tl.load(beta - beta_token, mask=ahead, other=0.0)
-
-        D += b_q * tall(b_do)
-        b_du = total(D * b_k)
-        b_dv = b_du * b_beta
-        D -= b_k * tall(b_dv)
-        tl.store(dbeta + share, tl.sum(tl.sum(b_du * b_e, 1), 0))
-        tl.store(dw + row, b_dv, mask=values)
-        tl.store(dv + row, b_dv.to(dv.dtype.element_ty), mask=values)
-        if GATED:
-            D *= tl.exp(g_now.to(tl.float32))
-            tl.store(v_dv + share, tl.sum(tl.sum(b_dv * v_now.to(tl.float32), 1), 0))
-            g -= g_token
-            v -= v_token
-            g_now, v_now = g_next, v_next
-            g_next = tl.load(g - g_token, mask=ahead, other=0.0)
-            v_next = tl.load(v - v_token + value, mask=values & ahead, other=0.0)
+        D = zeros(ALONG, STRIP, LANES)
+    for t in range(0, length, 2):
+        a_k, b_k, a_q, b_q, a_v, b_v, a_do, b_do, a_e, b_e = k_0, k_1, q_0, q_1, v_0, v_1, do_0, do_1, e_0, e_1
+        a_beta, b_beta, a_g, b_g = beta_0, beta_1, g_0, g_1
+        left = length - t - 2
+        k -= 2 * k_token
+        q -= 2 * q_token
+        v -= 2 * v_token
+        do -= 2 * do_token
+        beta -= 2 * beta_token
+        g -= 2 * g_token
+        gates = left if GATED else 0
+        k_0, k_1 = two(k, -k_token, key, keys, left)
+        q_0, q_1 = two(q, -q_token, key, keys, left)
+        v_0, v_1 = two(v, -v_token, value, values, gates)
+        do_0, do_1 = two(do, -do_token, value, values, left)
+        e_0, e_1 = two(e - 2 * HV * V, -HV * V, row, values, left)
+        beta_0, beta_1 = two_numbers(beta, -beta_token, left)
+        g_0, g_1 = two_numbers(g, -g_token, gates)
+        D = take_back_write(
+            D, a_k, a_q, a_v, a_beta, a_g, a_do, a_e, scale, dv + row, dw + row, dbeta + share, v_dv + share, values, True, GATED
+        )  # fmt: skip
+        row -= HV * V
+        share -= HV
+        alive = left > -1
+        D = take_back_write(
+            D, b_k, b_q, b_v, b_beta, b_g, b_do, b_e, scale, dv + row, dw + row, dbeta + share, v_dv + share, values & alive, alive, GATED
+        )  # fmt: skip
         row -= HV * V
         share -= HV
     if INITIAL:
         tl.store(state_tile(dinitial + first_state, strip, V, 1, ALONG, STRIP, LANES), D, mask=tile)
+
+
+@triton.jit
+def read_rows_of_D(D, k, q, beta, g, do, e, dw, scale, dk_half, there, GATED: tl.constexpr):
+    """One token of keys_descending: D before it."""
+    D += wide(do) * tall(q.to(tl.float32) * scale)
+    tl.store(dk_half, total(D * wide(e)) * beta.to(tl.float32), mask=there)
+    D -= wide(dw) * tall(k.to(tl.float32))
+    if GATED:
+        D *= tl.exp(g.to(tl.float32))
+    return D
 
 
 @triton.jit(do_not_specialize=["T", "scale"])
@@ -369,7 +410,7 @@ def keys_descending(
     value = along_index(ALONG, LANES)
     key = across_index(strip, STRIP, LANES)
     keys, values = key < K, value < V
-    tile = values[:, None, :, None] & keys[None, :, None, :]
+    tile = values[:, :, None, :, None] & keys[None, None, :, None, :]
     first_state = (n * HV + head) * K * V
 
     last = begin + length - 1
@@ -377,55 +418,56 @@ def keys_descending(
     k += last * k_token + head // group * k_head
     do += last * do_token + head * do_head
     beta += last * beta_token + head * beta_head
+    g += last * g_token + head * g_head
     row = (last * HV + head) * V + value
     out = (last * HV + head) * K + key
-    k_now = tl.load(k + key, mask=keys & (length > 0), other=0.0)
-    k_next = tl.load(k - k_token + key, mask=keys & (length > 1), other=0.0)
-    q_now = tl.load(q + key, mask=keys & (length > 0), other=0.0)
-    q_next = tl.load(q - q_token + key, mask=keys & (length > 1), other=0.0)
-    do_now = tl.load(do + value, mask=values & (length > 0), other=0.0)
-    do_next = tl.load(do - do_token + value, mask=values & (length > 1), other=0.0)
-    e_now = tl.load(e + row, mask=values & (length > 0), other=0.0)
-    e_next = tl.load(e + row - HV * V, mask=values & (length > 1), other=0.0)
-    dw_now = tl.load(dw + row, mask=values & (length > 0), other=0.0)
-    dw_next = tl.load(dw + row - HV * V, mask=values & (length > 1), other=0.0)
-    beta_now = tl.load(beta, mask=length > 0, other=0.0)
-    beta_next = tl.load(beta - beta_token, mask=length > 1, other=0.0)
-    if GATED:
-        g += last * g_token + head * g_head
-        g_now = tl.load(g, mask=length > 0, other=0.0)
-        g_next = tl.load(g - g_token, mask=length > 1, other=0.0)
-
+    k_0, k_1 = two(k, -k_token, key, keys, length)
+    q_0, q_1 = two(q, -q_token, key, keys, length)
+    do_0, do_1 = two(do, -do_token, value, values, length)
+    e_0, e_1 = two(e, -HV * V, row, values, length)
+    dw_0, dw_1 = two(dw, -HV * V, row, values, length)
+    beta_0, beta_1 = two_numbers(beta, -beta_token, length)
+    g_0, g_1 = two_numbers(g, -g_token, length if GATED else 0)
     if FINAL:
         D = tl.load(state_tile(dfinal + first_state, strip, 1, V, ALONG, STRIP, LANES), mask=tile, other=0.0)
     else:
-        D = tl.zeros([ALONG // LANES, STRIP // (WARP // LANES), LANES, WARP // LANES], tl.float32)
-    for t in range(0, length):
-        b_k, b_q, b_beta = k_now.to(tl.float32), q_now.to(tl.float32) * scale, beta_now.to(tl.float32)
-        b_do, b_e, b_dw = wide(do_now), wide(e_now), wide(dw_now)
-        ahead = t + 2 < length
-        q -= q_token
-        k -= k_token
-        do -= do_token
-        beta -= beta_token
-        k_now, q_now, do_now, e_now, dw_now, beta_now = k_next, q_next, do_next, e_next, dw_next, beta_next
-        k_next = tl.load(k - k_token + key, mask=keys & ahead, other=0.0)
-        q_next = tl.load(q - q_token + key, mask=keys & ahead, other=0.0)
-        do_next = tl.load(do - do_token + value, mask=values & ahead, other=0.0)
-        e_next = tl.load(e + row - 2 * HV * V, mask=values & ahead, other=0.0)
-        dw_next = tl.load(dw + row - 2 * HV * V, mask=values & ahead, other=0.0)
-        beta_next = tl.load(beta - beta_token, mask=ahead, other=0.0)
-
-        D += b_do * tall(b_q)
-        tl.store(dk_half + out, total(D * b_e) * b_beta, mask=keys)
-        D -= b_dw * tall(b_k)
-        if GATED:
-            D *= tl.exp(g_now.to(tl.float32))
-            g -= g_token
-            g_now = g_next
-            g_next = tl.load(g - g_token, mask=ahead, other=0.0)
-        row -= HV * V
+        D = zeros(ALONG, STRIP, LANES)
+    for t in range(0, length, 2):
+        a_k, b_k, a_q, b_q, a_do, b_do, a_e, b_e, a_dw, b_dw = k_0, k_1, q_0, q_1, do_0, do_1, e_0, e_1, dw_0, dw_1
+        a_beta, b_beta, a_g, b_g = beta_0, beta_1, g_0, g_1
+        left = length - t - 2
+        k -= 2 * k_token
+        q -= 2 * q_token
+        do -= 2 * do_token
+        beta -= 2 * beta_token
+        g -= 2 * g_token
+        k_0, k_1 = two(k, -k_token, key, keys, left)
+        q_0, q_1 = two(q, -q_token, key, keys, left)
+        do_0, do_1 = two(do, -do_token, value, values, left)
+        e_0, e_1 = two(e - 2 * HV * V, -HV * V, row, values, left)
+        dw_0, dw_1 = two(dw - 2 * HV * V, -HV * V, row, values, left)
+        beta_0, beta_1 = two_numbers(beta, -beta_token, left)
+        g_0, g_1 = two_numbers(g, -g_token, left if GATED else 0)
+        D = read_rows_of_D(D, a_k, a_q, a_beta, a_g, a_do, a_e, a_dw, scale, dk_half + out, keys, GATED)
         out -= HV * K
+        D = read_rows_of_D(D, b_k, b_q, b_beta, b_g, b_do, b_e, b_dw, scale, dk_half + out, keys & (left > -1), GATED)
+        out -= HV * K
+        row -= 2 * HV * V
+
+
+@triton.jit
+def read_rows_of_S(S, k, q, beta, g, do, e, dw, half, scale, dk, dq, q_dq, there, alive, GATED: tl.constexpr):
+    """One token of keys_ascending: S after it."""
+    if GATED:
+        S *= tl.exp(g.to(tl.float32))
+    key_gradient = half - total(S * wide(dw))
+    S += wide(e) * tall(k.to(tl.float32) * beta.to(tl.float32))
+    query_gradient = total(S * wide(do)) * scale
+    tl.store(dk, key_gradient.to(dk.dtype.element_ty), mask=there)
+    tl.store(dq, query_gradient.to(dq.dtype.element_ty), mask=there)
+    if GATED:
+        tl.store(q_dq, tl.sum(tl.sum(query_gradient * q.to(tl.float32), 1), 0), mask=alive)
+    return S
 
 
 @triton.jit(do_not_specialize=["T", "N", "tokens", "scale"])
@@ -477,71 +519,60 @@ def keys_ascending(
     value = along_index(ALONG, LANES)
     key = across_index(strip, STRIP, LANES)
     keys, values = key < K, value < V
-    tile = values[:, None, :, None] & keys[None, :, None, :]
+    tile = values[:, :, None, :, None] & keys[None, None, :, None, :]
     first_state = (n * HV + head) * K * V
 
+    q += begin * q_token + head // group * q_head
     k += begin * k_token + head // group * k_head
     do += begin * do_token + head * do_head
     beta += begin * beta_token + head * beta_head
+    g += begin * g_token + head * g_head
     row = (begin * HV + head) * V + value
     out = (begin * HV + head) * K + key
     share = (strip.to(tl.int64) * tokens + begin) * HV + head
-    k_now = tl.load(k + key, mask=keys & (length > 0), other=0.0)
-    k_next = tl.load(k + k_token + key, mask=keys & (length > 1), other=0.0)
-    do_now = tl.load(do + value, mask=values & (length > 0), other=0.0)
-    do_next = tl.load(do + do_token + value, mask=values & (length > 1), other=0.0)
-    e_now = tl.load(e + row, mask=values & (length > 0), other=0.0)
-    e_next = tl.load(e + row + HV * V, mask=values & (length > 1), other=0.0)
-    dw_now = tl.load(dw + row, mask=values & (length > 0), other=0.0)
-    dw_next = tl.load(dw + row + HV * V, mask=values & (length > 1), other=0.0)
-    half_now = tl.load(dk_half + out, mask=keys & (length > 0), other=0.0)
-    half_next = tl.load(dk_half + out + HV * K, mask=keys & (length > 1), other=0.0)
-    beta_now = tl.load(beta, mask=length > 0, other=0.0)
-    beta_next = tl.load(beta + beta_token, mask=length > 1, other=0.0)
-    if GATED:
-        g += begin * g_token + head * g_head
-        q += begin * q_token + head // group * q_head
-        g_now = tl.load(g, mask=length > 0, other=0.0)
-        g_next = tl.load(g + g_token, mask=length > 1, other=0.0)
-        q_now = tl.load(q + key, mask=keys & (length > 0), other=0.0)
-        q_next = tl.load(q + q_token + key, mask=keys & (length > 1), other=0.0)
-
+    gates = length if GATED else 0
+    k_0, k_1 = two(k, k_token, key, keys, length)
+    q_0, q_1 = two(q, q_token, key, keys, gates)
+    do_0, do_1 = two(do, do_token, value, values, length)
+    e_0, e_1 = two(e, HV * V, row, values, length)
+    dw_0, dw_1 = two(dw, HV * V, row, values, length)
+    half_0, half_1 = two(dk_half, HV * K, out, keys, length)
+    beta_0, beta_1 = two_numbers(beta, beta_token, length)
+    g_0, g_1 = two_numbers(g, g_token, gates)
     if INITIAL:
         S = tl.load(state_tile(initial + first_state, strip, 1, V, ALONG, STRIP, LANES), mask=tile, other=0.0)
     else:
-        S = tl.zeros([ALONG // LANES, STRIP // (WARP // LANES), LANES, WARP // LANES], tl.float32)
-    for t in range(0, length):
-        b_k, b_half, b_beta = k_now.to(tl.float32), half_now, beta_now.to(tl.float32)
-        b_do, b_e, b_dw = wide(do_now), wide(e_now), wide(dw_now)
-        ahead = t + 2 < length
-        k += k_token
-        do += do_token
-        beta += beta_token
-        k_now, do_now, e_now, dw_now, half_now, beta_now = k_next, do_next, e_next, dw_next, half_next, beta_next
-        k_next = tl.load(k + k_token + key, mask=keys & ahead, other=0.0)
-        do_next = tl.load(do + do_token + value, mask=values & ahead, other=0.0)
-        e_next = tl.load(e + row + 2 * HV * V, mask=values & ahead, other=0.0)
-        dw_next = tl.load(dw + row + 2 * HV * V, mask=values & ahead, other=0.0)
-        half_next = tl.load(dk_half + out + 2 * HV * K, mask=keys & ahead, other=0.0)
-        beta_next = tl.load(beta + beta_token, mask=ahead, other=0.0)
-
-        if GATED:
-            S *= tl.exp(g_now.to(tl.float32))
-        b_dk = b_half - total(S * b_dw)
-        S += b_e * tall(b_k * b_beta)
-        b_dq = total(S * b_do) * scale
-        tl.store(dk + out, b_dk.to(dk.dtype.element_ty), mask=keys)
-        tl.store(dq + out, b_dq.to(dq.dtype.element_ty), mask=keys)
-        if GATED:
-            tl.store(q_dq + share, tl.sum(tl.sum(b_dq * q_now.to(tl.float32), 1), 0))
-            g += g_token
-            q += q_token
-            g_now, q_now = g_next, q_next
-            g_next = tl.load(g + g_token, mask=ahead, other=0.0)
-            q_next = tl.load(q + q_token + key, mask=keys & ahead, other=0.0)
-        row += HV * V
+        S = zeros(ALONG, STRIP, LANES)
+    for t in range(0, length, 2):
+        a_k, b_k, a_q, b_q, a_do, b_do, a_e, b_e, a_dw, b_dw = k_0, k_1, q_0, q_1, do_0, do_1, e_0, e_1, dw_0, dw_1
+        a_half, b_half, a_beta, b_beta, a_g, b_g = half_0, half_1, beta_0, beta_1, g_0, g_1
+        left = length - t - 2
+        k += 2 * k_token
+        q += 2 * q_token
+        do += 2 * do_token
+        beta += 2 * beta_token
+        g += 2 * g_token
+        gates = left if GATED else 0
+        k_0, k_1 = two(k, k_token, key, keys, left)
+        q_0, q_1 = two(q, q_token, key, keys, gates)
+        do_0, do_1 = two(do, do_token, value, values, left)
+        e_0, e_1 = two(e + 2 * HV * V, HV * V, row, values, left)
+        dw_0, dw_1 = two(dw + 2 * HV * V, HV * V, row, values, left)
+        half_0, half_1 = two(dk_half + 2 * HV * K, HV * K, out, keys, left)
+        beta_0, beta_1 = two_numbers(beta, beta_token, left)
+        g_0, g_1 = two_numbers(g, g_token, gates)
+        S = read_rows_of_S(
+            S, a_k, a_q, a_beta, a_g, a_do, a_e, a_dw, a_half, scale, dk + out, dq + out, q_dq + share, keys, True, GATED
+        )  # fmt: skip
         out += HV * K
         share += HV
+        alive = left > -1
+        S = read_rows_of_S(
+            S, b_k, b_q, b_beta, b_g, b_do, b_e, b_dw, b_half, scale, dk + out, dq + out, q_dq + share, keys & alive, alive, GATED
+        )  # fmt: skip
+        out += HV * K
+        share += HV
+        row += 2 * HV * V
     if GATED:
         if FINAL:
             D = tl.load(state_tile(dfinal + first_state, strip, 1, V, ALONG, STRIP, LANES), mask=tile, other=0.0)
@@ -605,8 +636,7 @@ def recurrent_backward(
     dfinal = None if dfinal_state is None else dfinal_state.contiguous()
     dinitial = None if initial_state is None else torch.empty(initial_state.shape, **new)
     q, k, v, beta, do = (_rows(x) for x in (q, k, v, beta, do))
-    g = None if g is None else _rows(g)
-    gate_strides = _strides(g) if g is not None else (0, 0)
+    gates = beta if g is None else _rows(g)  # where a tensor is missing, another stands in, and is never followed
 
     config = choose(RECURRENT["errors"], q.element_size(), K)
     strip = min(config.block_v, padded(V))
@@ -614,13 +644,13 @@ def recurrent_backward(
     dv = torch.empty(B, T, HV, V, dtype=v.dtype, device=v.device)
     dw = dv if v.dtype == torch.float32 else torch.empty(B, T, HV, V, **new)
     dbeta = torch.empty(strips, B, T, HV, **new)
-    v_dv = None if g is None else torch.empty(strips, B, T, HV, **new)
+    v_dv = dbeta if g is None else torch.empty(strips, B, T, HV, **new)
     errors_backward[(strips * HV * N,)](
         q,
         k,
         v,
         beta,
-        g,
+        gates,
         do,
         e,
         dv,
@@ -639,7 +669,7 @@ def recurrent_backward(
         *_strides(k),
         *_strides(v),
         *_strides(beta),
-        *gate_strides,
+        *_strides(gates),
         *_strides(do),
         K=K,
         V=V,
@@ -661,8 +691,8 @@ def recurrent_backward(
     dk_half = torch.empty(B, T, HV, K, **new)
     dtype = q.dtype if HV == H else torch.float32  # value heads that share a key head are summed below
     dq, dk = (torch.empty(B, T, HV, K, dtype=dtype, device=q.device) for _ in range(2))
-    q_dq = None if g is None else torch.empty(strips, B, T, HV, **new)
-    last_dg = None if g is None else torch.empty(strips, N, HV, **new)
+    q_dq = dk_half if g is None else torch.empty(strips, B, T, HV, **new)
+    last_dg = dk_half if g is None else torch.empty(strips, N, HV, **new)
     shared = dict(
         K=K,
         V=V,
@@ -676,15 +706,15 @@ def recurrent_backward(
         num_warps=config.warps,
         num_stages=config.stages,
     )
-    strides = (*_strides(q), *_strides(k), *_strides(beta), *gate_strides, *_strides(do))
+    strides = (*_strides(q), *_strides(k), *_strides(beta), *_strides(gates), *_strides(do))
     keys_descending[(strips * HV * N,)](
-        q, k, beta, g, do, e, dw, dk_half, dfinal, cu_seqlens, scale, T, HV, HV // H, *strides, **shared
+        q, k, beta, gates, do, e, dw, dk_half, dfinal, cu_seqlens, scale, T, HV, HV // H, *strides, **shared
     )
     keys_ascending[(strips * HV * N,)](
         q,
         k,
         beta,
-        g,
+        gates,
         do,
         e,
         dw,
@@ -733,15 +763,15 @@ def _run_forward(
     strips = triton.cdiv(V, strip)
     T, N = q.shape[1], _sequences(q, cu_seqlens)
     q, k, v, beta = (_rows(x) for x in (q, k, v, beta))
-    g = None if g is None else _rows(g)
+    gates = beta if g is None else _rows(g)  # where a tensor is missing, another stands in, and is never followed
     forward[(strips * HV * N,)](
         q,
         k,
         v,
         beta,
-        g,
-        o,
-        e,
+        gates,
+        v if o is None else o,
+        v if e is None else e,
         initial,
         final,
         cu_seqlens,
@@ -753,7 +783,7 @@ def _run_forward(
         *_strides(k),
         *_strides(v),
         *_strides(beta),
-        *(_strides(g) if g is not None else (0, 0)),
+        *_strides(gates),
         K=K,
         V=V,
         ALONG=padded(K),
