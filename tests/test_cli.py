@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -92,7 +93,7 @@ def test_training_in_a_pipe_prints_plain_lines(place):
     assert any(
         re.match(r"step 1/6 · loss 5\.\d+ · \d\.\d\d bits/byte · .* tokens/s · .* left · \d+ MiB", x) for x in lines
     )
-    assert sum("bits per byte (the first" in line for line in lines) == 1
+    assert sum("bits per byte (a sample of" in line for line in lines) == 1
     assert any(line.startswith("  | ") for line in lines)
     assert re.search(
         r"^validation +\d\.\d+ bits per byte +\(gzip -9 \d\.\d+, xz -9 \d\.\d+ on the same bytes\)", out, re.M
@@ -169,6 +170,10 @@ def test_a_file_first_and_options_on_top(here, capsys, tmp_path):
         (["--data.source", "x.txt"], lambda c: c.data.source == "x.txt"),
         (["--train.micro-batch-size", "None"], lambda c: c.train.micro_batch_size is None),
         (["--model.layers.0.output-gate"], lambda c: c.model.layers[0].output_gate),
+        (
+            ["--mix", "delta*2,swa(window=64)"],
+            lambda c: [x.kind for x in c.model.layers] == ["delta", "delta", "attention"],
+        ),
         (["--size", "micro", "--d-model", "64"], lambda c: (c.model.d_model, c.model.depth) == (64, 6)),
     ],
 )
@@ -217,7 +222,7 @@ def test_a_terminal_gets_one_live_line(monkeypatch):
     screen.close()
     shown = file.getvalue()
     assert "step 2/3 · loss 2.000 · 2.90 bits/byte · 15.3 k tokens/s · 1:05 min left · 3 MiB" in shown
-    assert "\x1b[1;32mstep 2: validation 2.500 bits per byte (the first 100 bytes)" in shown
+    assert "\x1b[1;32mstep 2: validation 2.500 bits per byte (a sample of 100 bytes)" in shown
     assert "\x1b[?25h" in shown  # the cursor is back
     assert "\x1b[2J" not in shown
 
@@ -272,7 +277,10 @@ def test_evaluation_is_that_of_the_text_held_out(measured):
     assert record["bits_per_byte"] == pytest.approx(score.bits_per_byte, rel=1e-6)
     assert record["bytes"] == stream.bytes == len("".join(corpus.validation).encode())
     assert record["yardsticks"] == compressed_bits_per_byte("".join(corpus.validation).encode())
-    assert [row[1] + 1 for row in record["by_position"]][-1] == 128
+    rows = record["by_position"]
+    assert rows[0][0] == 0
+    assert rows[-1][1] == 127
+    assert all(after[0] == before[1] + 1 for before, after in pairwise(rows))  # no gap where the long windows take over
     assert [cost["context"] for cost in record["decoding"]] == [256, 512]
     assert f"bits per byte   {score.bits_per_byte:.3f} on {stream.bytes:,} bytes held out, gzip -9 " in out
     assert "longer than in training" in out
@@ -403,6 +411,8 @@ def test_help_reads_nothing_heavy():
         ("train --d-model 999999999", "[model] d_model must be between 1 and 65536, got 999999999"),
         ("train --precision float8", "float8"),
         ("train --size tiny", "size must be one of nano, micro, small, medium, 340m, 1.3b, got 'tiny'"),
+        ("train --mix dleta", "mix must name mixers of delta,"),
+        ("train --mix delta*2", "mix must have a number of layers that divides depth = 3, got 2"),
         ("train --size", "--size must be given a value"),
         ("train --config none.toml", "nothing is at 'none.toml'"),
         ("train --config bad.toml", "'bad.toml': [train] has no field 'stepz'. Did you mean 'steps'?"),

@@ -98,6 +98,8 @@ def test_a_stop_token_ends_its_row_only(model):
     for full, cut in zip(free, stopped, strict=True):
         ids = full.tolist()
         assert cut.tolist() == ids[: ids.index(stop) if stop in ids else None]
+    rows = torch.stack(list(decode(model, prefill(model, prompts), GREEDY, max_tokens=30, stop=[stop])), 1)
+    assert (rows[0, 5:] == stop).all()
     steps = list(decode(model, prefill(model, prompts[:1]), GREEDY, max_tokens=30, stop=[stop]))
     assert len(steps) == free[0].tolist().index(stop) + 1
 

@@ -47,6 +47,10 @@ def test_top_p_keeps_the_smallest_set_with_that_mass():
 def test_impossible_tokens_never_come():
     logits = torch.tensor([[float("-inf"), 0.0, float("-inf"), 0.0]])
     assert counts(Sampling(), logits)[[0, 2]].sum() == 0
+    for draw in (0.0, 1.0):  # the ends of the range, and what rounding may make of them
+        for row in (logits, LOGITS):
+            token = choose(row, Sampling(top_p=0.6), lambda draw=draw: torch.tensor([draw]).double()).item()
+            assert token in ((1, 3) if row is logits else (0, 1))
 
 
 def test_the_seed_decides_and_rows_have_their_own():

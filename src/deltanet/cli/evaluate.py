@@ -15,7 +15,7 @@ from deltanet.evaluation import evaluate
 from deltanet.evaluation.decoding import decoding_costs
 from deltanet.training.device import autocast
 
-POSITION_TOKENS = 1 << 18  # enough for every position to be a mean of hundreds
+POSITION_TOKENS = 1 << 18  # read in windows longer than in training, where each range of positions is wide
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +59,9 @@ def run(args: list[str]) -> int:
         near, far = (SequentialWindows(stream, length) for length in (context, options.stretch * context))
         part = min(options.max_tokens or POSITION_TOKENS, POSITION_TOKENS)
         score = evaluate(model, near, batch_size=options.batch_size, max_tokens=options.max_tokens)
-        by_position = evaluate(model, far, batch_size=options.batch_size, max_tokens=part).by_position()
+        beyond = evaluate(model, far, batch_size=options.batch_size, max_tokens=part)
+    # Up to the training window from all windows of that length, which are many; only beyond it from the few long ones.
+    by_position = score.by_position() + [row for row in beyond.by_position() if row[0] >= context]
     contexts = [1 << octave for octave in range(8, 40) if 1 << octave <= options.longest]
     read = int(score.bytes.sum())
     record = {

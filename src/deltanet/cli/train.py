@@ -12,7 +12,7 @@ from rich.console import Console
 from deltanet.cli.options import parse
 from deltanet.cli.runs import folder_for
 from deltanet.cli.screen import JsonScreen, Screen, TextScreen
-from deltanet.models import preset
+from deltanet.models import parse_mix, preset
 from deltanet.training import RunConfig, default_run, read_config
 from deltanet.training import train as run_training
 
@@ -29,6 +29,8 @@ class TrainOptions:
     """How large: nano, micro, small, medium, 340m or 1.3b. nano if there is no --config."""
     config: Path | None = None
     """A run as a TOML file, such as recipes/quickstart.toml or the config.toml of a run. Options override it."""
+    mix: str | None = None
+    """The mixers of the layers, repeated over the depth, such as "delta*3,swa" or "delta,attention(heads=4)"."""
     data: str | None = None
     """The text: a bundled corpus or your own .txt, .jsonl, .jsonl.gz or folder of those. Short for --data.source."""
     out: Path | None = None
@@ -61,7 +63,7 @@ def train_options(args: list[str]) -> tuple[TrainOptions, RunConfig]:
         run: Annotated[RunConfig, tyro.conf.arg(name="")]
 
     WithRun.__doc__ = TrainOptions.__doc__
-    base = starting_point(last_value(args, "--size"), last_value(args, "--config"))
+    base = starting_point(*(last_value(args, name) for name in ("--size", "--config", "--mix")))
     parsed = parse(WithRun, [*implied(args), *args], "train", WithRun(run=base))
     return parsed, parsed.run
 
@@ -80,11 +82,13 @@ def implied(args: Sequence[str]) -> list[str]:
     return out
 
 
-def starting_point(size: str | None, file: str | None) -> RunConfig:
-    if file is None:
-        return default_run(size or "nano")
-    config = read_config(file)
-    return config if size is None else dataclasses.replace(config, model=preset(size, config.model.vocab_size))
+def starting_point(size: str | None, file: str | None, mix: str | None) -> RunConfig:
+    """What the other options override: the file's run or the size's, with the model of the size, with the mixers given."""
+    config = default_run(size or "nano") if file is None else read_config(file)
+    model = config.model if size is None else preset(size, config.model.vocab_size)
+    if mix is not None:
+        model = dataclasses.replace(model, layers=parse_mix(mix, d_model=model.d_model, depth=model.depth))
+    return dataclasses.replace(config, model=model)
 
 
 def last_value(args: Sequence[str], name: str) -> str | None:

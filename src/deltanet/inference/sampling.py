@@ -63,6 +63,6 @@ def choose(logits: Tensor, sampling: Sampling, draws: Draws) -> Tensor:
         probability = probability.where(before < sampling.top_p * total, 0.0)
     cumulative = probability.cumsum(dim=-1)
     target = draws().to(logits.device)[:, None] * cumulative[:, -1:]
-    # right: a token of probability 0 is never hit, not even by a draw of exactly 0
-    index = torch.searchsorted(cumulative, target, right=True).clamp(max=cumulative.shape[-1] - 1)
+    # The first token at or above the target: one of probability 0 is never hit, whichever way the target was rounded.
+    index = torch.searchsorted(cumulative, target)
     return token.gather(-1, index).squeeze(-1)
