@@ -30,7 +30,6 @@ class LaunchConfig:
     stages: int = 1
     block_v: int = 0  # most value columns of one program's tile; 0 where a kernel does not split V
     block_k: int = 0  # most key columns of one program's tile; 0 where a kernel does not split K
-    apart: bool = False  # gradients: dk and dq in two passes
 
 
 # A table holds one row per (bytes of an element of q, key dimension rounded up to a power of two). Nothing depends on T, B or H.
@@ -61,34 +60,40 @@ RECURRENT: dict[str, Table] = {
 DECODE: Table = {(size, key_dim): LaunchConfig(warps=4, block_v=32) for size in (2, 4) for key_dim in (16, 32, 64, 128, 256)}
 
 # The chunk kernels pad K and V to at least 64 columns: 32-wide tiles with 4 warps are miscompiled for Hopper by some Triton releases,
-# and every further width is one more configuration to prove. Key: (bytes of an element of q, padded K).
-CHUNK_TRANSFORM: Table = {(size, width): LaunchConfig(warps=1, block_k=min(width, 128) if size == 2 else 32) for size in (2, 4) for width in (64, 128, 256)}
+# and every further width is one more configuration to prove. Key: (bytes of an element of q, padded K). Times: one H200, 8 x 4096 x 16 x 128.
 
+# transform: one warp a chunk, so that nothing waits; the whole of K at once (0.077 ms) beats halves (0.095) and quarters (0.133).
+# 256 columns at once would spill.
+CHUNK_TRANSFORM: Table = {
+    (size, width): LaunchConfig(warps=1, block_k=min(width, 128) if size == 2 else 32) for size in (2, 4) for width in (64, 128, 256)
+}
+
+# forward, state_gradient: a [block_v, K] state is 64 registers a thread at 4 warps. Two programs share a multiprocessor and hide each
+# other's waits; a third load stage costs that (35 to 90% slower). K 256 needs 8 warps; 128 columns there, or the keys are read four times.
+# fp32 tiles are twice as wide, and have no room for stages.
 CHUNK_FORWARD: Table = {
     (2, 64): LaunchConfig(warps=4, stages=2, block_v=64),
-    (2, 128): LaunchConfig(warps=4, stages=2, block_v=64),
+    (2, 128): LaunchConfig(warps=4, stages=2, block_v=64),  # 0.336 ms saving states; 8 warps on 128 columns 0.42
     (2, 256): LaunchConfig(warps=8, stages=2, block_v=128),
     (4, 64): LaunchConfig(warps=4, block_v=64),
     (4, 128): LaunchConfig(warps=8, block_v=64),
     (4, 256): LaunchConfig(warps=8, block_v=32),
 }
-
-CHUNK_BACKWARD: Table = {
+CHUNK_STATE_GRADIENT: Table = {
     (2, 64): LaunchConfig(warps=4, stages=2, block_v=64),
-    (2, 128): LaunchConfig(warps=8, stages=2, block_v=128),
+    (2, 128): LaunchConfig(warps=4, stages=2, block_v=64),  # 0.385 ms; 8 warps on 128 columns 0.41
     (2, 256): LaunchConfig(warps=8, block_v=128),
     (4, 64): LaunchConfig(warps=4, block_v=64),
     (4, 128): LaunchConfig(warps=8, block_v=64),
     (4, 256): LaunchConfig(warps=8, block_v=32),
 }
 
+# gradients: 64 columns of K a program at 4 warps, two programs a multiprocessor: 0.51 ms. All 128 columns: 0.61 at 4 warps (spills),
+# 0.68 at 8 (one program a multiprocessor). Three stages: 0.69, again for want of the second program.
 CHUNK_GRADIENTS: Table = {
-    (2, 64): LaunchConfig(warps=4, stages=2, block_v=64, block_k=64, apart=True),
-    (2, 128): LaunchConfig(warps=4, stages=2, block_v=64, block_k=64, apart=True),
-    (2, 256): LaunchConfig(warps=4, stages=2, block_v=64, block_k=64),
-    (4, 64): LaunchConfig(warps=8, block_v=32, block_k=64),
-    (4, 128): LaunchConfig(warps=8, block_v=32, block_k=64),
-    (4, 256): LaunchConfig(warps=8, block_v=32, block_k=64),
+    **{(2, width): LaunchConfig(warps=4, stages=2, block_v=64, block_k=64) for width in (64, 128, 256)},
+    **{(4, width): LaunchConfig(warps=8, block_v=32, block_k=64) for width in (64, 128, 256)},
 }
 
-SEGMENT_CHAIN = LaunchConfig(warps=8, block_v=64, block_k=32)  # fp32 throughout, a few products a segment
+# chain: fp32 throughout, a few products a segment; its time does not show.
+SEGMENT_CHAIN = LaunchConfig(warps=8, block_v=64, block_k=32)

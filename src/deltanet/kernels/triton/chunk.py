@@ -16,19 +16,20 @@ import torch
 from torch import Tensor
 
 from deltanet.kernels.launch import (
-    CHUNK_BACKWARD,
     CHUNK_FORWARD,
     CHUNK_GRADIENTS,
+    CHUNK_STATE_GRADIENT,
     CHUNK_TRANSFORM,
     SEGMENT_CHAIN,
     LaunchConfig,
     Table,
 )
-from deltanet.kernels.triton.chunk_backward import state_gradient
-from deltanet.kernels.triton.chunk_forward import forward
 from deltanet.kernels.triton.chunk_gradients import gradients
 from deltanet.kernels.triton.chunk_segments import chain
+from deltanet.kernels.triton.chunk_state import forward
+from deltanet.kernels.triton.chunk_state_gradient import state_gradient
 from deltanet.kernels.triton.chunk_transform import transform
+from deltanet.kernels.triton.compiled import launch, together
 
 __all__ = ["chunk_backward", "chunk_forward", "saved"]
 
@@ -55,6 +56,8 @@ def chunk_forward(
     q, k, v, beta = (x.contiguous() for x in (q, k, v, beta))
     g = None if g is None else g.contiguous()
     call = _Call(q, v, cu_seqlens)
+    if q.is_cuda:
+        _compile_once(call, q, k, v, beta, g, initial_state, cu_seqlens, output_final_state, save)
     o = torch.empty_like(v)
     final = q.new_empty(call.states, dtype=torch.float32) if output_final_state else None
     kept = saved(q, v, g, save)
@@ -106,7 +109,7 @@ def chunk_backward(
         S = q.new_empty(call.slots)
         _forward(call, None, k, None, b, G, X, None, initial_state, None, E, S, None, scale, replay=True)
 
-    block_v = min(_pick(CHUNK_BACKWARD, q).block_v, _width(call.V))
+    block_v = min(_pick(CHUNK_STATE_GRADIENT, q).block_v, _width(call.V))
     partial = q.new_empty((-(-call.V // block_v), call.HV, call.tokens), dtype=torch.float32)
     borrow = call.H == call.HV and call.V <= 2 * CHUNK
     D = (dq, dk) if borrow else (q.new_empty(call.slots), dk)
@@ -174,7 +177,30 @@ class _Call:
             return 0
         length = -(-self.T // free)
         segment = max(SHORTEST_SEGMENT, -(-length // CHUNK) * CHUNK)
-        return segment if self.T >= 2 * segment else 0
+        return segment if 2 * segment <= self.T else 0
+
+
+_compiled: set[tuple] = set()  # what has been compiled, forward and backward
+
+
+def _compile_once(call: "_Call", q, k, v, beta, g, initial_state, cu_seqlens, output_final_state: bool, save: str) -> None:
+    """On the first call of a kind, compile its kernels side by side, those of the coming backward too."""
+    key = (
+        q.device, q.dtype, v.dtype, beta.dtype, None if g is None else g.dtype, call.H, call.HV, call.K, call.V, call.packed,
+        initial_state is not None, output_final_state, save, call.segment > 0,
+    )  # fmt: skip
+    if key in _compiled or torch.cuda.is_current_stream_capturing():
+        return
+    _compiled.add(key)
+
+    def run() -> None:
+        o, final, kept = chunk_forward(
+            q, k, v, beta, g, 1.0, initial_state, cu_seqlens, output_final_state=output_final_state, save=save
+        )
+        if save != "nothing":
+            chunk_backward(o, final, q, k, v, beta, g, 1.0, initial_state, cu_seqlens, kept)
+
+    together(run)
 
 
 @cache
@@ -195,17 +221,14 @@ def _pick(table: Table, q: Tensor) -> LaunchConfig:
     return table[q.element_size(), _width(q.shape[-1])]
 
 
-def _options(config: LaunchConfig) -> dict[str, int]:
-    return {"num_warps": config.warps, "num_stages": config.stages}
-
-
 def _transform(call: _Call, k, beta, g, b, G, X, X_low) -> None:
     config = _pick(CHUNK_TRANSFORM, k)
-    transform[(call.parts(CHUNK), call.HV)](
-        k, beta, *_or(k, g), b, *_or(k, G), X, *_or(X, X_low), *call.place,
+    constants = dict(
         H=call.H, HV=call.HV, K=call.K, PACKED=call.packed, GATED=g is not None, REST=X_low is not None,
-        ALWAYS_PRECISE=k.element_size() == 4, WIDTH=config.block_k, PRECISION=PRECISION, **_options(config),
+        ALWAYS_PRECISE=k.element_size() == 4, WIDTH=config.block_k, PRECISION=PRECISION,
     )  # fmt: skip
+    args = (k, beta, *_or(k, g), b, *_or(k, G), X, *_or(X, X_low), *call.place)
+    launch(transform, (call.parts(CHUNK), call.HV, 1), args, constants, config)
 
 
 def _forward(
@@ -217,28 +240,29 @@ def _forward(
     block_v = min(config.block_v, _width(V))
     segment = call.segment if split else 0
     programs = (call.parts(segment) if split else call.N) * -(-V // block_v)
-    forward[(programs, call.HV)](
-        *_or(k, q, k, v, b, G, X, X_low, initial, o, E, S, final), *call.place, segment, scale,
+    constants = dict(
         H=call.H, HV=call.HV, K=call.K, V=V, BK=_width(call.K), BV=block_v, SPLIT=split, PACKED=call.packed,
         GATED=G is not None, REST=X_low is not None, INITIAL=initial is not None, TRANSITION=transition, REPLAY=replay,
-        OUTPUT=o is not None, SAVE_E=E is not None and not replay, SAVE_S=S is not None, FINAL=final_of,
-        PRECISION=PRECISION, **_options(config),
+        OUTPUT=o is not None, SAVE_E=E is not None and not replay, SAVE_S=S is not None, FINAL=final_of, PRECISION=PRECISION,
     )  # fmt: skip
+    args = (*_or(k, q, k, v, b, G, X, X_low, initial, o, E, S, final), *call.place, segment, scale)
+    launch(forward, (programs, call.HV, 1), args, constants, config)
 
 
 def _state_gradient(
     call: _Call, q, k, do, E, b, G, X, dfinal, dv, partial, D, dinitial, scale, *,
     borrow: bool = False, split: bool = False, initial_of: int = 0,
 ) -> None:  # fmt: skip
-    config = _pick(CHUNK_BACKWARD, q)
+    config = _pick(CHUNK_STATE_GRADIENT, q)
     block_v = min(config.block_v, _width(call.V))
     segment = call.segment if split else 0
     programs = (call.parts(segment) if split else call.N) * -(-call.V // block_v)
-    state_gradient[(programs, call.HV)](
-        *_or(k, q, k, do, E, b, G, X, dfinal, dv, partial, *D, dinitial), *call.place, segment, scale, 1.0 / scale,
+    constants = dict(
         BK=_width(call.K), BV=block_v, SPLIT=split, GATED=G is not None, FINAL=dfinal is not None, INITIAL=initial_of,
-        OUTPUT=dv is not None, BORROW=borrow, PRECISION=PRECISION, **call.sizes, **_options(config),
+        OUTPUT=dv is not None, BORROW=borrow, PRECISION=PRECISION, **call.sizes,
     )  # fmt: skip
+    tensors = _or(k, q, k, do, E, b, G, X, dfinal, dv, partial, *D, dinitial)
+    launch(state_gradient, (programs, call.HV, 1), (*tensors, *call.place, segment, scale, 1.0 / scale), constants, config)
 
 
 def _gradients(
@@ -251,12 +275,13 @@ def _gradients(
     first_S = None if initial is None else initial.transpose(2, 3).to(q.dtype).contiguous()
     last_D = None if dfinal is None else (dfinal / scale).transpose(2, 3).to(q.dtype).contiguous()
     dg = None if G is None else q.new_empty((tiles, *dbeta.shape), dtype=torch.float32)
-    gradients[(tiles * call.parts(CHUNK), call.H)](
-        *_or(k, q, k, do, E, dv, b, G, S, *D, first_S, last_D, partial, dq, dk, dbeta, dg), *call.place, scale,
+    constants = dict(
         BK=block_k, BV=min(config.block_v, _width(call.V)), PARTIALS=partial.shape[0], GATED=G is not None,
-        INITIAL=initial is not None, FINAL=dfinal is not None, BORROW=borrow, APART=config.apart, PRECISION=PRECISION,
-        **call.sizes, **_options(config),
+        INITIAL=initial is not None, FINAL=dfinal is not None, BORROW=borrow, PRECISION=PRECISION,
+        **call.sizes,
     )  # fmt: skip
+    tensors = _or(k, q, k, do, E, dv, b, G, S, *D, first_S, last_D, partial, dq, dk, dbeta, dg)
+    launch(gradients, (tiles * call.parts(CHUNK), call.H, 1), (*tensors, *call.place, scale), constants, config)
     return dg
 
 
@@ -287,9 +312,10 @@ def _transitions(call: _Call, k, b, G, X, X_low) -> Tensor:
 def _chain(call: _Call, M, N, given, *, backwards: bool) -> Tensor:
     out = torch.empty_like(N)
     config = SEGMENT_CHAIN
-    chain[(call.N * -(-call.V // config.block_v), call.HV)](
-        M, N, *_or(N, given), out, call.place[0], call.T, call.segment,
+    constants = dict(
         HV=call.HV, K=call.K, V=call.V, BK=_width(call.K), BV=config.block_v, STEP=config.block_k, PACKED=call.packed,
-        GIVEN=given is not None, BACKWARDS=backwards, PRECISION=PRECISION, **_options(config),
+        GIVEN=given is not None, BACKWARDS=backwards, PRECISION=PRECISION,
     )  # fmt: skip
+    args = (M, N, *_or(N, given), out, call.place[0], call.T, call.segment)
+    launch(chain, (call.N * -(-call.V // config.block_v), call.HV, 1), args, constants, config)
     return out

@@ -9,7 +9,8 @@
     dG_last += sum_i k_i . (e^(G_last - G) V' D^T)_i + e^(G_last) <S, D>,          dg_t = sum of dG_i over i >= t
 
 M has the decay in every entry, so strong decay gives a small dg and not the difference of large numbers.
-A product is never fed a transposed accumulator (Triton 3.4 to 3.7.0 gets that wrong on Hopper): dP^T and dL^T are computed anew.
+dP^T and dL^T are transposed in registers and then masked and scaled: never handed to a product as they are, which Triton 3.4 to 3.7.0
+gets wrong on Hopper. Two products and half the accumulators of the C x C part are saved, and the rest fits without spills.
 One program owns a chunk of a key head and BLOCK_K of its columns, and sums over the value heads of its group: no atomics, one order.
 """
 
@@ -56,7 +57,6 @@ def gradients(
     INITIAL: tl.constexpr,
     FINAL: tl.constexpr,
     BORROW: tl.constexpr,
-    APART: tl.constexpr,  # dk and dq in two passes over V, for half the accumulators
     PRECISION: tl.constexpr,
 ):
     KEY_TILES: tl.constexpr = (K + BK - 1) // BK
@@ -108,9 +108,7 @@ def gradients(
             onward = tl.math.exp2(last - Gc)  # and from each token to the chunk's end
             overlap = 0.0
         dP = tl.zeros([CHUNK, CHUNK], tl.float32)
-        dPt = tl.zeros([CHUNK, CHUNK], tl.float32)
         dL = tl.zeros([CHUNK, CHUNK], tl.float32)
-        dLt = tl.zeros([CHUNK, CHUNK], tl.float32)
         dq_acc = tl.zeros([CHUNK, BK], tl.float32)
         dk_acc = tl.zeros([CHUNK, BK], tl.float32)  # minus dk, so that dV enters as it lies in memory
         dk_new = tl.zeros([CHUNK, BK], tl.float32)  # gated: the part through the new values, which dg needs by itself
@@ -132,12 +130,9 @@ def gradients(
                 at_D = e[:, None] * K + d[None, :]
             dstate = tl.load(source + at_D, mask=in_state & has_D, other=0.0)
 
-            dPt = tl.dot(errors, tl.trans(douts), dPt, input_precision=PRECISION)
             dL = tl.dot(dws, tl.trans(errors), dL, input_precision=PRECISION)
-            dLt = tl.dot(errors, tl.trans(dws), dLt, input_precision=PRECISION)
-            if not APART:
-                dP = tl.dot(douts, tl.trans(errors), dP, input_precision=PRECISION)
-                dq_acc = tl.dot(douts, state, dq_acc, input_precision=PRECISION)
+            dP = tl.dot(douts, tl.trans(errors), dP, input_precision=PRECISION)
+            dq_acc = tl.dot(douts, state, dq_acc, input_precision=PRECISION)
             dk_acc = tl.dot(dws, state, dk_acc, input_precision=PRECISION)
             if GATED:
                 new = (errors.to(tl.float32) * (-scale * b * onward)[:, None]).to(errors.dtype)
@@ -149,6 +144,8 @@ def gradients(
 
         keys = tl.load(k + at_keys, mask=in_keys, other=0.0)
         queries = tl.load(q + at_keys, mask=in_keys, other=0.0)
+        dPt = tl.trans(dP)
+        dLt = tl.trans(dL)
         dPt *= (-scale * b)[:, None]
         dL *= b[None, :]
         dLt *= b[:, None]
@@ -170,23 +167,6 @@ def gradients(
         dk_acc = tl.dot(dPt.to(keys.dtype), queries, dk_acc, input_precision=PRECISION)
         dk_acc = tl.dot((dL + dLt).to(keys.dtype), keys, dk_acc, input_precision=PRECISION)
         dk_sum = dk_acc if GROUP == 1 else dk_sum + dk_acc
-        if APART and GROUP == 1:
-            if BORROW:
-                tl.debug_barrier()  # every warp has read D before its place is written
-            tl.store(dk + at_keys, (-dk_acc).to(dk.dtype.element_ty), mask=in_keys)
-
-        if APART:
-            for i in range(0, V, BV):
-                e = i + tl.arange(0, BV)
-                in_v = e < V
-                in_values = valid[:, None] & in_v[None, :]
-                in_state = in_v[:, None] & in_k[None, :]
-                douts = tl.load(do + at_values + e[None, :], mask=in_values, other=0.0)
-                errors = tl.load(E + at_values + e[None, :], mask=in_values, other=0.0)
-                state = tl.load(S_here + e[:, None] * K + d[None, :], mask=in_state & has_S, other=0.0)
-                dP = tl.dot(douts, tl.trans(errors), dP, input_precision=PRECISION)
-                dq_acc = tl.dot(douts, state, dq_acc, input_precision=PRECISION)
-
         dP *= b[None, :]
         if GATED:
             dq_acc *= into[:, None]
@@ -208,8 +188,7 @@ def gradients(
                 db += tl.load(partial + i * (tokens.to(tl.int64) * HV) + along + t, mask=valid, other=0.0)
             tl.store(dbeta + (first + t) * HV + head, db.to(dbeta.dtype.element_ty), mask=valid)
 
-    if not (APART and GROUP == 1):
-        if BORROW:
-            tl.debug_barrier()
-        tl.store(dk + at_keys, (-dk_sum).to(dk.dtype.element_ty), mask=in_keys)
+    if BORROW:
+        tl.debug_barrier()  # every warp has read D before its place is written
+    tl.store(dk + at_keys, (-dk_sum).to(dk.dtype.element_ty), mask=in_keys)
     tl.store(dq + at_keys, (dq_sum * scale).to(dq.dtype.element_ty), mask=in_keys)

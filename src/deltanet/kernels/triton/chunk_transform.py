@@ -33,13 +33,13 @@ def product(a, b, sum, PRECISE: tl.constexpr):
 
 @triton.jit
 def solve_16(L, b_row, b_col, PRECISE: tl.constexpr):
-    """X of the four 16 x 16 blocks on the diagonal, [4, 16, 16]: the series on their 4 x 4 blocks, then two merges."""
-    r, c = tl.arange(0, 16)[None, :, None], tl.arange(0, 16)[None, None, :]
+    """X of one 16 x 16 block: the series on its 4 x 4 blocks, then two merges."""
+    r, c = tl.arange(0, 16)[:, None], tl.arange(0, 16)[None, :]
     L = tl.where(r > c, L, 0.0)
     L4 = tl.where(r // 4 == c // 4, L, 0.0)
     L8 = tl.where(r // 8 == c // 8, L, 0.0)
     N = -L4 * b_col
-    NL = product(N, L4, tl.zeros([4, 16, 16], tl.float32), PRECISE)
+    NL = product(N, L4, tl.zeros([16, 16], tl.float32), PRECISE)
     X = product(N, NL, L4 + NL, PRECISE)
     left = L8 - L4
     left = product(left, -b_row * X, left, PRECISE)
@@ -47,15 +47,6 @@ def solve_16(L, b_row, b_col, PRECISE: tl.constexpr):
     left = L - L8
     left = product(left, -b_row * X, left, PRECISE)
     return product(-X * b_col, left, X + left, PRECISE)
-
-
-@triton.jit
-def four_blocks(x):
-    """[4, 16, 16] -> its four blocks."""
-    even, odd = tl.split(tl.permute(tl.reshape(x, [2, 2, 16, 16]), [0, 2, 3, 1]))
-    x0, x2 = tl.split(tl.permute(even, [1, 2, 0]))
-    x1, x3 = tl.split(tl.permute(odd, [1, 2, 0]))
-    return x0, x1, x2, x3
 
 
 @triton.jit
@@ -84,29 +75,37 @@ def store(X, X_low, i: tl.constexpr, j: tl.constexpr, x, rows, REST: tl.constexp
 
 @triton.jit
 def solve_64(
-    X, X_low, L, L10, L20, L21, L30, L31, L32, b_row, b_col, r0, r1, r2, c1, c2, c3, rows,
+    X, X_low, L00, L10, L11, L20, L21, L22, L30, L31, L32, L33, r0, r1, r2, r3, c0, c1, c2, c3, rows,
     REST: tl.constexpr, PRECISE: tl.constexpr,
 ):  # fmt: skip
-    """Solve and write a chunk: L holds the blocks on the diagonal; r and c are the betas of a block of rows, as column and row."""
-    X00, X11, X22, X33 = four_blocks(solve_16(L, b_row, b_col, PRECISE))
-
-    # 32 x 32
-    L10 = product(L10, -r0 * X00, L10, PRECISE)
-    X10 = product(-X11 * c1, L10, L10, PRECISE)
-    L32 = product(L32, -r2 * X22, L32, PRECISE)
-    X32 = product(-X33 * c3, L32, L32, PRECISE)
-
-    # 64 x 64: first all of (...) (I - diag(b) X) on the right, then (I - X diag(b)) on the left
-    L20 = product(L21, -r1 * X10, product(L20, -r0 * X00, L20, PRECISE), PRECISE)
-    L30 = product(L31, -r1 * X10, product(L30, -r0 * X00, L30, PRECISE), PRECISE)
-    L21 = product(L21, -r1 * X11, L21, PRECISE)
-    L31 = product(L31, -r1 * X11, L31, PRECISE)
-    X20 = product(-X22 * c2, L20, L20, PRECISE)
-    X21 = product(-X22 * c2, L21, L21, PRECISE)
-    X30 = product(-X33 * c3, L30, product(-X32 * c2, L20, L30, PRECISE), PRECISE)
-    X31 = product(-X33 * c3, L31, product(-X32 * c2, L21, L31, PRECISE), PRECISE)
-
+    """Solve and write a chunk from the blocks of L and the betas of each block of rows, as columns (r) and as rows (c)."""
     zero = tl.zeros([16, 16], tl.float32)
+    X00, X11, X22, X33, X10, X32 = zero, zero, zero, zero, zero, zero
+    if rows > 0:
+        X00 = solve_16(L00, r0, c0, PRECISE)
+        X11 = solve_16(L11, r1, c1, PRECISE)
+        X22 = solve_16(L22, r2, c2, PRECISE)
+        X33 = solve_16(L33, r3, c3, PRECISE)
+
+    if rows > 16:
+        # 32 x 32
+        L10 = product(L10, -r0 * X00, L10, PRECISE)
+        X10 = product(-X11 * c1, L10, L10, PRECISE)
+        L32 = product(L32, -r2 * X22, L32, PRECISE)
+        X32 = product(-X33 * c3, L32, L32, PRECISE)
+
+    X20, X21, X30, X31 = zero, zero, zero, zero
+    if rows > 32:
+        # 64 x 64: first all of (...) (I - diag(b) X) on the right, then (I - X diag(b)) on the left
+        L20 = product(L21, -r1 * X10, product(L20, -r0 * X00, L20, PRECISE), PRECISE)
+        L30 = product(L31, -r1 * X10, product(L30, -r0 * X00, L30, PRECISE), PRECISE)
+        L21 = product(L21, -r1 * X11, L21, PRECISE)
+        L31 = product(L31, -r1 * X11, L31, PRECISE)
+        X20 = product(-X22 * c2, L20, L20, PRECISE)
+        X21 = product(-X22 * c2, L21, L21, PRECISE)
+        X30 = product(-X33 * c3, L30, product(-X32 * c2, L20, L30, PRECISE), PRECISE)
+        X31 = product(-X33 * c3, L31, product(-X32 * c2, L21, L31, PRECISE), PRECISE)
+
     store(X, X_low, 0, 0, X00, rows, REST)
     store(X, X_low, 0, 1, zero, rows, REST)
     store(X, X_low, 1, 0, X10, rows, REST)
@@ -147,7 +146,7 @@ def transform(
 ):
     place = tl.program_id(0)
     head = tl.program_id(1)
-    sequence, chunk, begin, end = find_part(place, cu_seqlens, N, steps, T, CHUNK, PACKED)
+    _, chunk, begin, end = find_part(place, cu_seqlens, N, steps, T, CHUNK, PACKED)
     first = begin + chunk * CHUNK
     if first >= end:
         return
@@ -165,61 +164,58 @@ def transform(
         tl.debug_barrier()  # read back below, by other threads
 
     r = tl.arange(0, 16)
-    four = tl.arange(0, 4)[:, None, None] * 16
-    L = tl.zeros([4, 16, 16], tl.float32)
-    L10, L20, L21 = tl.zeros([16, 16], tl.float32), tl.zeros([16, 16], tl.float32), tl.zeros([16, 16], tl.float32)
-    L30, L31, L32 = tl.zeros([16, 16], tl.float32), tl.zeros([16, 16], tl.float32), tl.zeros([16, 16], tl.float32)
+    zero = tl.zeros([16, 16], tl.float32)
+    L00, L10, L11, L20, L21 = zero, zero, zero, zero, zero
+    L22, L30, L31, L32, L33 = zero, zero, zero, zero, zero
     for i in range(0, K, WIDTH):
-        row = four + r[None, :, None]
-        d = i + tl.arange(0, WIDTH)[None, None, :]
-        blocks = tl.load(k + row * (H * K) + d, mask=(row < rows) & (d < K), other=0.0)
-        L = tl.dot(blocks, tl.permute(blocks, [0, 2, 1]), L, input_precision=PRECISION)
         d = i + tl.arange(0, WIDTH)[None, :]
         at = k + r[:, None] * (H * K) + d
         k0 = tl.load(at, mask=(r < rows)[:, None] & (d < K), other=0.0)
         k1 = tl.load(at + 16 * H * K, mask=(r + 16 < rows)[:, None] & (d < K), other=0.0)
         k2 = tl.load(at + 32 * H * K, mask=(r + 32 < rows)[:, None] & (d < K), other=0.0)
         k3 = tl.load(at + 48 * H * K, mask=(r + 48 < rows)[:, None] & (d < K), other=0.0)
+        L00 = tl.dot(k0, tl.trans(k0), L00, input_precision=PRECISION)
         L10 = tl.dot(k1, tl.trans(k0), L10, input_precision=PRECISION)
+        L11 = tl.dot(k1, tl.trans(k1), L11, input_precision=PRECISION)
         L20 = tl.dot(k2, tl.trans(k0), L20, input_precision=PRECISION)
         L21 = tl.dot(k2, tl.trans(k1), L21, input_precision=PRECISION)
+        L22 = tl.dot(k2, tl.trans(k2), L22, input_precision=PRECISION)
         L30 = tl.dot(k3, tl.trans(k0), L30, input_precision=PRECISION)
         L31 = tl.dot(k3, tl.trans(k1), L31, input_precision=PRECISION)
         L32 = tl.dot(k3, tl.trans(k2), L32, input_precision=PRECISION)
-    across = four + r[None, None, :]
+        L33 = tl.dot(k3, tl.trans(k3), L33, input_precision=PRECISION)
     if GATED:
-        row = four + r[None, :, None]
-        G_row = tl.load(G + row, mask=row < rows, other=0.0)
-        G_col = tl.load(G + across, mask=across < rows, other=0.0)
-        L *= tl.math.exp2(-tl.abs(G_row - G_col))
+        L00 = decay_block(L00, G, 0, 0, rows)
         L10 = decay_block(L10, G, 1, 0, rows)
+        L11 = decay_block(L11, G, 1, 1, rows)
         L20 = decay_block(L20, G, 2, 0, rows)
         L21 = decay_block(L21, G, 2, 1, rows)
+        L22 = decay_block(L22, G, 2, 2, rows)
         L30 = decay_block(L30, G, 3, 0, rows)
         L31 = decay_block(L31, G, 3, 1, rows)
         L32 = decay_block(L32, G, 3, 2, rows)
+        L33 = decay_block(L33, G, 3, 3, rows)
 
-    row = four + r[None, :, None]
-    b_row = tl.load(beta + row * HV, mask=row < rows, other=0.0).to(tl.float32)
-    b_col = tl.load(beta + across * HV, mask=across < rows, other=0.0).to(tl.float32)
     r0 = tl.load(beta + r * HV, mask=r < rows, other=0.0).to(tl.float32)[:, None]
     r1 = tl.load(beta + (r + 16) * HV, mask=r + 16 < rows, other=0.0).to(tl.float32)[:, None]
     r2 = tl.load(beta + (r + 32) * HV, mask=r + 32 < rows, other=0.0).to(tl.float32)[:, None]
+    r3 = tl.load(beta + (r + 48) * HV, mask=r + 48 < rows, other=0.0).to(tl.float32)[:, None]
+    c0 = tl.load(beta + r * HV, mask=r < rows, other=0.0).to(tl.float32)[None, :]
     c1 = tl.load(beta + (r + 16) * HV, mask=r + 16 < rows, other=0.0).to(tl.float32)[None, :]
     c2 = tl.load(beta + (r + 32) * HV, mask=r + 32 < rows, other=0.0).to(tl.float32)[None, :]
     c3 = tl.load(beta + (r + 48) * HV, mask=r + 48 < rows, other=0.0).to(tl.float32)[None, :]
     X += along * 48
     X_low += along * 48
-    largest = tl.max(tl.load(beta + t * HV, mask=t < rows, other=0.0).to(tl.float32))
-    if ALWAYS_PRECISE:
+    largest = tl.max(tl.maximum(tl.maximum(c0, c1), tl.maximum(c2, c3)))
+    if ALWAYS_PRECISE:  # noqa: SIM114 (the next branch is taken at run time)
         solve_64(
-            X, X_low, L, L10, L20, L21, L30, L31, L32, b_row, b_col, r0, r1, r2, c1, c2, c3, rows, REST, True
+            X, X_low, L00, L10, L11, L20, L21, L22, L30, L31, L32, L33, r0, r1, r2, r3, c0, c1, c2, c3, rows, REST, True
         )  # fmt: skip
     elif largest > 1.0:
         solve_64(
-            X, X_low, L, L10, L20, L21, L30, L31, L32, b_row, b_col, r0, r1, r2, c1, c2, c3, rows, REST, True
+            X, X_low, L00, L10, L11, L20, L21, L22, L30, L31, L32, L33, r0, r1, r2, r3, c0, c1, c2, c3, rows, REST, True
         )  # fmt: skip
     else:
         solve_64(
-            X, X_low, L, L10, L20, L21, L30, L31, L32, b_row, b_col, r0, r1, r2, c1, c2, c3, rows, REST, False
+            X, X_low, L00, L10, L11, L20, L21, L22, L30, L31, L32, L33, r0, r1, r2, r3, c0, c1, c2, c3, rows, REST, False
         )  # fmt: skip

@@ -1,0 +1,61 @@
+"""Launching without Triton's front door, which binds, specialises and looks up on every call and costs more than some kernels run.
+
+The first call of a kernel for given constants, dtypes and alignments goes through it and keeps the compiled kernel; later calls hand that
+their arguments directly. Nothing depends on T: the kernels take their sizes as plain integers that are never specialised.
+`together` compiles every kernel that a function would launch, side by side: four compilations take the time of the longest.
+"""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from threading import local
+from typing import Any
+
+import torch
+
+from deltanet.kernels.launch import LaunchConfig
+
+__all__ = ["launch", "together"]
+
+_kernels: dict[tuple, tuple[Any, tuple]] = {}  # what decides the code -> the compiled kernel, and the constants in its argument order
+_thread = local()  # .recorded: launches noted instead of run, inside `together`
+
+
+def launch(fn: Any, grid: tuple[int, int, int], args: tuple, constants: dict[str, Any], config: LaunchConfig) -> None:
+    """fn[grid](*args, **constants) with the warps and stages of `config`; `args` are the kernel's first arguments, in order."""
+    recorded = getattr(_thread, "recorded", None)
+    if recorded is not None:
+        recorded.append((fn, grid, args, constants, config))
+        return
+    key = (
+        fn,
+        config,
+        tuple(constants.values()),
+        tuple((x.dtype, x.data_ptr() % 16) if isinstance(x, torch.Tensor) else isinstance(x, int) and x >= 2**31 for x in args),
+        args[0].device,
+    )
+    found = _kernels.get(key)
+    if found is not None:
+        kernel, tail = found
+        kernel[grid](*args, *tail)
+        return
+    kernel = fn[grid](*args, **constants, num_warps=config.warps, num_stages=config.stages)
+    if kernel is not None:  # the interpreter compiles nothing
+        _kernels[key] = kernel, tuple(constants[name] for name in fn.arg_names[len(args) :])
+
+
+def together(run: Callable[[], Any]) -> None:
+    """Compile what `run` launches, in threads; `run` itself launches nothing meanwhile, so its results are not to be looked at."""
+    _thread.recorded = work = []
+    try:
+        run()
+    finally:
+        _thread.recorded = None
+    with ThreadPoolExecutor(max_workers=8) as pool:
+        list(pool.map(_compile, work))
+
+
+def _compile(work: tuple) -> None:
+    fn, grid, args, constants, config = work
+    kernel = fn.warmup(*args, grid=grid, **constants, num_warps=config.warps, num_stages=config.stages)
+    if hasattr(kernel, "_init_handles"):  # the launcher is a small C program of its own, compiled on first use
+        kernel._init_handles()
