@@ -61,6 +61,23 @@ def test_is_attention(layer: Attention) -> None:
     assert relative_error(got, wanted) < 1e-11
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("lengths", [None, [300, 1, 0, 211]])
+@pytest.mark.parametrize("window", [None, 50])
+def test_packed_and_windowed_sequences_on_a_gpu(window: int | None, lengths: list[int] | None) -> None:
+    """torch's varlen kernel, against one sequence after the other in fp32: outputs and gradients."""
+    torch.manual_seed(0)
+    layer = Attention(128, AttentionConfig(heads=4, kv_heads=2, window=window)).cuda()
+    x = torch.randn(1, 512, 128, device="cuda", requires_grad=True)
+    cu_seqlens = None if lengths is None else torch.tensor([0, *lengths], device="cuda").cumsum(0)
+    wide, _ = layer(x, cu_seqlens=cu_seqlens)
+    (expected,) = torch.autograd.grad(wide.sin().sum(), x)
+    narrow, _ = layer.bfloat16()(x.bfloat16(), cu_seqlens=cu_seqlens)
+    (got,) = torch.autograd.grad(narrow.sin().sum(), x)
+    assert relative_error(narrow, wide) < 0.02
+    assert relative_error(got, expected) < 0.03
+
+
 def test_rotation_sees_distances_alone() -> None:
     q, k = torch.randn(2, 1, 1, 1, 8, dtype=torch.float64)
 

@@ -6,9 +6,10 @@ May import torch alone; `ops` is the only room that imports it, as the family th
 from torch import Tensor
 
 from deltanet.reference import chunkwise, recurrent
+from deltanet.reference.channel_gated import channel_gated_delta_rule
 from deltanet.reference.parallel import attention_matrix, parallel_delta_rule
 
-__all__ = ["attention_matrix", "chunkwise", "parallel_delta_rule", "recurrent"]
+__all__ = ["attention_matrix", "channel_gated_delta_rule", "chunkwise", "parallel_delta_rule", "recurrent"]
 
 chunk_forward = chunkwise.forward
 chunk_backward = chunkwise.backward
