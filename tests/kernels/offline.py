@@ -1,0 +1,210 @@
+"""Compile the shipped kernels without a GPU, exactly as a launch would, and read what the assembler says about them.
+
+The operators themselves are called, on small CPU tensors, with Triton's driver replaced by one that names a GPU and launches nothing: what
+is compiled is what would run, with the launch tables' tiles, warps and stages and the compiler's own specialisation of the arguments.
+Then ptxas is asked again, verbosely. Run as a script it prints one JSON list; it must be a process of its own, because a process that
+imported the kernels for Triton's interpreter cannot compile them.
+
+    python tests/kernels/offline.py --capability 90 --row chunk-2-128-gated --row recurrent-2-128-gated
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+SHARED_LIMIT = {80: 166_912, 90: 232_448}  # bytes one block may ask for: A100 (compute capability 8.0), H100 and H200 (9.0)
+SERIALISED = ("C7510", "C7511", "C7512", "C7513", "C7514")  # ptxas: wgmma pipeline crosses a function, registers ..., so it waits after each
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compiled:
+    """One kernel of one row of the launch tables, on one compute capability."""
+
+    row: str
+    kernel: str
+    capability: int
+    warps: int
+    registers: int
+    stack: int  # bytes of a thread's local memory: spills, and arrays that are indexed at run time
+    spill: int  # bytes stored to and loaded from local memory for want of registers
+    shared: int  # bytes
+    shuffles: int  # instructions that exchange registers between lanes, anywhere in the kernel
+    warnings: tuple[str, ...]
+
+
+def assemble(ptx: str, capability: int) -> tuple[int, int, int, tuple[str, ...]]:
+    """Registers, stack bytes, spill bytes and warnings of a kernel's PTX."""
+    import triton
+
+    ptxas = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "kernel.ptx")
+        source.write_text(ptx)
+        name = f"sm_{capability}a" if capability >= 90 else f"sm_{capability}"
+        command = [ptxas, "-v", f"--gpu-name={name}", source, "-o", Path(folder, "kernel.cubin")]
+        log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    return read_log(log)
+
+
+def read_log(log: str) -> tuple[int, int, int, tuple[str, ...]]:
+    number = {what: sum(int(n) for n in re.findall(rf"(\d+) bytes {what}", log)) for what in ("stack frame", "spill stores", "spill loads")}
+    registers = max((int(n) for n in re.findall(r"Used (\d+) registers", log)), default=0)
+    warnings = tuple(sorted({code for code in SERIALISED if code in log}))
+    if not warnings and re.search(r"wgmma.*serializ", log):
+        warnings = ("wgmma serialised",)
+    return registers, number["stack frame"], number["spill stores"] + number["spill loads"], warnings
+
+
+class Offline:
+    """Stands in for Triton's driver: names a device, has no stream, loads nothing."""
+
+    def __init__(self, capability: int):
+        from triton.backends.compiler import GPUTarget
+
+        self.target = GPUTarget("cuda", capability, 32)
+
+    def get_current_target(self):
+        return self.target
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, _device=None):
+        return 0
+
+    def get_active_torch_device(self):
+        import torch
+
+        return torch.device("cpu")
+
+
+class Forgetful(dict):
+    """Keeps nothing, so that every launch goes through Triton's front door, where it is caught."""
+
+    def __setitem__(self, key, value):
+        pass
+
+
+def launches(capability: int, call) -> dict[tuple, object]:
+    """Every kernel that `call()` would launch, compiled for `capability`: one per (name, constants, options)."""
+    import triton
+    from triton.runtime.jit import JITFunction
+
+    from deltanet.kernels.triton import compiled
+
+    found: dict[tuple, object] = {}
+    run, compiled._kernels = JITFunction.run, Forgetful()
+
+    def compile_only(self, *args, grid, warmup, **kwargs):
+        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        found[self.__name__, kernel.hash] = kernel
+        return kernel
+
+    active = getattr(triton.runtime.driver, "_active", None)
+    triton.runtime.driver.set_active(Offline(capability))
+    JITFunction.run = compile_only
+    try:
+        call()
+    finally:
+        JITFunction.run = run
+        triton.runtime.driver._active = active
+    return found
+
+
+def calls(row: str):
+    """The calls that reach every kernel of a row `algorithm-itemsize-dim-rule`: forward and backward, with states, packed."""
+    import torch
+
+    from deltanet.kernels.triton import chunk, recurrent
+    from deltanet.kernels.triton.decode import decode_step
+
+    algorithm, itemsize, dim, rule = row.split("-")
+    dtype = {"2": torch.bfloat16, "4": torch.float32}[itemsize]
+    B, T, H, HV, D = 1, 130, 2, 4, int(dim)
+    q, k = (torch.zeros(B, T, H, D, dtype=dtype) for _ in range(2))
+    v = torch.zeros(B, T, HV, D, dtype=dtype)
+    beta = torch.zeros(B, T, HV, dtype=dtype)
+    g = torch.zeros(B, T, HV) if rule == "gated" else None
+    cu_seqlens = torch.tensor([0, 70, 130], dtype=torch.int32) if rule == "gated" else None
+    state = torch.zeros(2 if rule == "gated" else 1, HV, D, D)
+    if algorithm == "decode":
+        return [lambda: decode_step(q[:, :1], k[:, :1], v[:, :1], beta[:, :1], None if g is None else g[:, :1], 1.0, state[:1], inplace=True)]
+    home = {"chunk": chunk, "recurrent": recurrent}[algorithm]
+    forward, backward = (getattr(home, f"{algorithm}_{way}") for way in ("forward", "backward"))
+
+    def both(save: str, with_state: bool):
+        initial = state if with_state else None
+        o, final, saved = forward(q, k, v, beta, g, 1.0, initial, cu_seqlens, output_final_state=with_state, save=save)
+        backward(torch.zeros_like(o), final, q, k, v, beta, g, 1.0, initial, cu_seqlens, saved)
+
+    return [lambda: both("states", True), lambda: both("lean", False)]
+
+
+def compile_row(row: str, capability: int) -> list[Compiled]:
+    found: dict[tuple, object] = {}
+    for call in calls(row):
+        found |= launches(capability, call)
+    result = []
+    for (name, _), kernel in found.items():
+        registers, stack, spill, warnings = assemble(kernel.asm["ptx"], capability)
+        result.append(
+            Compiled(
+                row=row,
+                kernel=name,
+                capability=capability,
+                warps=kernel.metadata.num_warps,
+                registers=registers,
+                stack=stack,
+                spill=spill,
+                shared=kernel.metadata.shared,
+                shuffles=kernel.asm["ptx"].count("shfl.sync"),
+                warnings=warnings,
+            )
+        )
+    return result
+
+
+def compile_rows(rows: list[str], capability: int, workers: int) -> list[Compiled]:
+    """In a process of its own, so that kernels already imported for the interpreter do not matter."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, __file__, "--capability", str(capability), "--workers", str(workers)]
+    for row in rows:
+        command += ["--row", row]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"offline compilation failed:\n{done.stderr[-4000:]}")
+    return [Compiled(**{**x, "warnings": tuple(x["warnings"])}) for x in json.loads(done.stdout)]
+
+
+def problems(compiled: Compiled, budget: int) -> list[str]:
+    """What is wrong with a kernel, in words; nothing when it may ship."""
+    wrong = []
+    if compiled.spill > budget:
+        wrong.append(f"spills {compiled.spill} bytes of registers, {budget} allowed")
+    if compiled.warnings:
+        wrong.append(f"wgmma is serialised ({', '.join(compiled.warnings)})")
+    if compiled.shared > SHARED_LIMIT[compiled.capability]:
+        wrong.append(f"needs {compiled.shared} bytes of shared memory, {SHARED_LIMIT[compiled.capability]} exist")
+    return wrong
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--capability", type=int, default=90)
+    parser.add_argument("--row", action="append", default=[])
+    parser.add_argument("--workers", type=int, default=2)
+    options = parser.parse_args()
+    with ProcessPoolExecutor(options.workers) as pool:
+        results = pool.map(compile_row, options.row, [options.capability] * len(options.row))
+        json.dump([asdict(x) for found in results for x in found], sys.stdout)
+
+
+if __name__ == "__main__":
+    main()
