@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from deltanet.layers import Attention, AttentionConfig, DeltaNetConfig
-from deltanet.models import MODELS, SIZES, LanguageModel, preset
+from deltanet.models import MODELS, SIZES, LanguageModel, ModelConfig, preset
 from deltanet.training.config import RunConfig, TrainConfig, config_from_dict, config_to_toml
 
 # model: parameters at nano (257 bytes), 340m and 1.3b (32,000 tokens, untied).
@@ -137,6 +137,19 @@ def test_is_built_on_meta_and_filled_later(model: str) -> None:
 def test_is_a_value_in_a_file(model: str) -> None:
     config = RunConfig(model=preset("340m", model=model), train=TrainConfig(steps=1))
     assert config_from_dict(tomllib.loads(config_to_toml(config))) == config
+
+
+def test_is_named_in_a_file() -> None:
+    def model(text: str) -> ModelConfig:
+        return config_from_dict(tomllib.loads(f"[model]\n{text}\n[train]\nsteps = 1")).model
+
+    assert model('size = "340m"\nname = "gla+conv"') == preset("340m", model="gla+conv")
+    assert model('name = "mamba"\nsize = "nano"\nvocab_size = 257') == preset("nano", 257, model="mamba")
+    assert model('size = "nano"') == preset("nano")
+    with pytest.raises(ValueError, match=r"\[model\] model must be one of .*, got 'mumba'. Did you mean 'mamba'\?"):
+        model('size = "nano"\nname = "mumba"')
+    with pytest.raises(TypeError, match=r"\[model\] name must be a string, got 3"):
+        model('size = "nano"\nname = 3')
 
 
 def test_a_hybrid_stops_at_its_caches_end() -> None:

@@ -197,21 +197,23 @@ def config_to_dict(config: Any) -> dict[str, Any]:
 def config_from_dict(table: dict[str, Any]) -> RunConfig:
     """The run of a table like `config_to_dict`'s. Fields may be left out where they have a default.
 
-    In [model], `size = "nano"` (or another preset) stands for all fields of that preset; others beside it override.
+    In [model], `size = "nano"` (or another preset) stands for all fields of that preset, of DeltaNet or of the model that
+    `name = "gla"` (or another) says; others beside them override.
     Raises ValueError or TypeError for unknown keys, with the nearest known one, and for values that do not fit.
     """
     model = table.get("model")
     if isinstance(model, dict) and "size" in model:
-        rest = {key: value for key, value in model.items() if key != "size"}
-        table = {**table, "model": {**_preset_table(model["size"]), **rest}}
+        rest = {key: value for key, value in model.items() if key not in ("size", "name")}
+        table = {**table, "model": {**_preset_table(model["size"], model.get("name", "deltanet")), **rest}}
     config: RunConfig = _from_table(RunConfig, table, "")
     return config
 
 
-def _preset_table(size: Any) -> dict[str, Any]:
+def _preset_table(size: Any, name: Any) -> dict[str, Any]:
     _check_type("[model] size", size, str)
+    _check_type("[model] name", name, str)
     try:
-        return config_to_dict(preset(size))
+        return config_to_dict(preset(size, model=name))
     except ValueError as error:
         raise ValueError(f"[model] {error}") from None
 
