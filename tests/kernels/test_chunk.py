@@ -135,7 +135,7 @@ def test_no_tokens_hand_the_state_through():
 def test_the_triangular_solve(keys, beta_max):
     """X to 1e-3 for the worst keys there are; a tf32 or fp16 solve has 0.3 to 0.4 for repeated keys at beta 2."""
     _, k, v, beta, *_ = inputs(1, 100, 1, 1, 64, 64, torch.float32, beta_max=beta_max, keys=keys)
-    call = chunk._Call(k, v, None)
+    call = chunk._Call(k, v, beta, None, None)
     X, b, *_ = chunk.saved(k, v, None, "lean")
     chunk._transform(call, k, beta, None, b, None, X, None)
     X = X[0, : 64 * 48].cpu()

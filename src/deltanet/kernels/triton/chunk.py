@@ -53,9 +53,8 @@ def chunk_forward(
     save: str,
 ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
     """o `[B, T, HV, V]`, the final states or None, and what the backward needs (docs/conventions.md)."""
-    q, k, v, beta = (x.contiguous() for x in (q, k, v, beta))
-    g = None if g is None else g.contiguous()
-    call = _Call(q, v, cu_seqlens)
+    q, k, v, beta, g, initial_state = (_plain(x) for x in (q, k, v, beta, g, initial_state))
+    call = _Call(q, v, beta, g, cu_seqlens)
     if q.is_cuda:
         _compile_once(call, q, k, v, beta, g, initial_state, cu_seqlens, output_final_state, save)
     o = torch.empty_like(v)
@@ -91,9 +90,9 @@ def chunk_backward(
     saved: list[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Gradients of q, k, v, beta, g and initial_state, each in the dtype of its tensor."""
-    q, k, do = (x.contiguous() for x in (q, k, do))
-    dfinal = None if dfinal_state is None else dfinal_state.to(torch.float32).contiguous()
-    call = _Call(q, v, cu_seqlens)
+    q, k, do = (_plain(x) for x in (q, k, do))
+    dfinal = None if dfinal_state is None else _plain(dfinal_state.to(torch.float32))
+    call = _Call(q, v, beta, g, cu_seqlens)
     dq, dk = torch.empty_like(q), torch.empty_like(k)
     dv, dbeta = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (v, beta))
     dg = None if g is None else torch.empty_like(g, memory_format=torch.contiguous_format)
@@ -109,7 +108,7 @@ def chunk_backward(
         S = q.new_empty(call.slots)
         _forward(call, None, k, None, b, G, X, None, initial_state, None, E, S, None, scale, replay=True)
 
-    block_v = min(_pick(CHUNK_STATE_GRADIENT, q).block_v, _width(call.V))
+    block_v = min(call.pick(CHUNK_STATE_GRADIENT).block_v, call.BV)
     partial = q.new_empty((-(-call.V // block_v), call.HV, call.tokens), dtype=torch.float32)
     borrow = call.H == call.HV and call.V <= 2 * CHUNK
     D = (dq, dk) if borrow else (q.new_empty(call.slots), dk)
@@ -153,7 +152,7 @@ def _slots(q: Tensor, v: Tensor) -> tuple[int, int, int, int]:
 class _Call:
     """Sizes of one call, and the scalars by which a kernel finds its place."""
 
-    def __init__(self, q: Tensor, v: Tensor, cu_seqlens: Tensor | None):
+    def __init__(self, q: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, cu_seqlens: Tensor | None):
         B, T, self.H, self.K = q.shape
         self.HV, self.V = v.shape[2], v.shape[3]
         self.T, self.tokens, self.packed = T, B * T, cu_seqlens is not None
@@ -162,17 +161,27 @@ class _Call:
         self.slots = _slots(q, v)
         self.place = (cu_seqlens, self.N, self.N.bit_length(), T, self.tokens)
         self.sizes = {"H": self.H, "HV": self.HV, "K": self.K, "V": self.V, "PACKED": self.packed}
-        self.device = q.device
+        self.BK, self.BV, self.itemsize = _width(self.K), _width(self.V), q.element_size()
+        self.segment = self._segment(q.device)
+        # what decides the code of every kernel of this call, beside each kernel's own flags; all other tensors are aligned
+        bounds = None if cu_seqlens is None else (cu_seqlens.dtype, cu_seqlens.data_ptr() % 16)
+        gate = None if g is None else g.dtype
+        large = max(self.tokens, self.N) >= 2**31
+        self.key = (q.device, q.dtype, v.dtype, beta.dtype, gate, self.H, self.HV, self.K, self.V, bounds, large)
+
+    def pick(self, table: Table) -> LaunchConfig:
+        return table[self.itemsize, self.BK]
 
     def parts(self, granule: int) -> int:
         """Places in a grid over parts of `granule` tokens, whatever cu_seqlens says (tiles.py)."""
         return self.T // granule + self.N if self.packed else self.N * -(-self.T // granule)
 
-    @property
-    def segment(self) -> int:
+    def _segment(self, device: torch.device) -> int:
         """Tokens of a segment, or 0 where whole sequences already fill half of the GPU."""
+        if self.T < 2 * SHORTEST_SEGMENT:
+            return 0
         programs = self.N * self.HV * -(-self.V // 64)
-        free = 2 * _multiprocessors(self.device) // max(programs, 1)
+        free = 2 * _multiprocessors(device) // max(programs, 1)
         if free < 4:
             return 0
         length = -(-self.T // free)
@@ -185,10 +194,7 @@ _compiled: set[tuple] = set()  # what has been compiled, forward and backward
 
 def _compile_once(call: "_Call", q, k, v, beta, g, initial_state, cu_seqlens, output_final_state: bool, save: str) -> None:
     """On the first call of a kind, compile its kernels side by side, those of the coming backward too."""
-    key = (
-        q.device, q.dtype, v.dtype, beta.dtype, None if g is None else g.dtype, call.H, call.HV, call.K, call.V, call.packed,
-        initial_state is not None, output_final_state, save, call.segment > 0,
-    )  # fmt: skip
+    key = (call.key, initial_state is not None, output_final_state, save, call.segment > 0)
     if key in _compiled or torch.cuda.is_current_stream_capturing():
         return
     _compiled.add(key)
@@ -208,6 +214,14 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 0
 
 
+def _plain(x: Tensor | None) -> Tensor | None:
+    """Contiguous and aligned to 16 bytes, as fresh memory is: by a copy where it must be."""
+    if x is None:
+        return None
+    x = x.contiguous()
+    return x if x.data_ptr() % 16 == 0 else x.clone()
+
+
 def _or(stand_in: Tensor, *tensors: Tensor | None) -> list[Tensor]:
     """The tensors, with a pointer that no kernel will follow where there is none."""
     return [stand_in if x is None else x for x in tensors]
@@ -217,71 +231,66 @@ def _width(dim: int) -> int:
     return max(64, 1 << (dim - 1).bit_length())
 
 
-def _pick(table: Table, q: Tensor) -> LaunchConfig:
-    return table[q.element_size(), _width(q.shape[-1])]
-
-
 def _transform(call: _Call, k, beta, g, b, G, X, X_low) -> None:
-    config = _pick(CHUNK_TRANSFORM, k)
-    constants = dict(
-        H=call.H, HV=call.HV, K=call.K, PACKED=call.packed, GATED=g is not None, REST=X_low is not None,
-        ALWAYS_PRECISE=k.element_size() == 4, WIDTH=config.block_k, PRECISION=PRECISION,
-    )  # fmt: skip
+    config = call.pick(CHUNK_TRANSFORM)
     args = (k, beta, *_or(k, g), b, *_or(k, G), X, *_or(X, X_low), *call.place)
-    launch(transform, (call.parts(CHUNK), call.HV, 1), args, constants, config)
+    key = ("transform", call.key, X_low is None)
+    launch(transform, key, (call.parts(CHUNK), call.HV, 1), args, config, lambda: dict(
+        H=call.H, HV=call.HV, K=call.K, PACKED=call.packed, GATED=g is not None, REST=X_low is not None,
+        ALWAYS_PRECISE=call.itemsize == 4, WIDTH=config.block_k, PRECISION=PRECISION,
+    ))  # fmt: skip
 
 
 def _forward(
     call: _Call, q, k, v, b, G, X, X_low, initial, o, E, S, final, scale, *,
     split: bool = False, final_of: int = 0, replay: bool = False, transition: bool = False,
 ) -> None:  # fmt: skip
-    config = _pick(CHUNK_FORWARD, k)
-    V = call.K if transition else call.V
-    block_v = min(config.block_v, _width(V))
+    config = call.pick(CHUNK_FORWARD)
+    V, BV = (call.K, call.BK) if transition else (call.V, call.BV)
+    BV = min(config.block_v, BV)
     segment = call.segment if split else 0
-    programs = (call.parts(segment) if split else call.N) * -(-V // block_v)
-    constants = dict(
-        H=call.H, HV=call.HV, K=call.K, V=V, BK=_width(call.K), BV=block_v, SPLIT=split, PACKED=call.packed,
-        GATED=G is not None, REST=X_low is not None, INITIAL=initial is not None, TRANSITION=transition, REPLAY=replay,
-        OUTPUT=o is not None, SAVE_E=E is not None and not replay, SAVE_S=S is not None, FINAL=final_of, PRECISION=PRECISION,
-    )  # fmt: skip
+    programs = (call.parts(segment) if split else call.N) * -(-V // BV)
+    flags = (X_low is None, initial is None, o is None, E is None, S is None, final_of, split, replay, transition)
     args = (*_or(k, q, k, v, b, G, X, X_low, initial, o, E, S, final), *call.place, segment, scale)
-    launch(forward, (programs, call.HV, 1), args, constants, config)
+    launch(forward, ("forward", call.key, flags), (programs, call.HV, 1), args, config, lambda: dict(
+        H=call.H, HV=call.HV, K=call.K, V=V, BK=call.BK, BV=BV, SPLIT=split, PACKED=call.packed, GATED=G is not None,
+        REST=X_low is not None, INITIAL=initial is not None, TRANSITION=transition, REPLAY=replay, OUTPUT=o is not None,
+        SAVE_E=E is not None and not replay, SAVE_S=S is not None, FINAL=final_of, PRECISION=PRECISION,
+    ))  # fmt: skip
 
 
 def _state_gradient(
     call: _Call, q, k, do, E, b, G, X, dfinal, dv, partial, D, dinitial, scale, *,
     borrow: bool = False, split: bool = False, initial_of: int = 0,
 ) -> None:  # fmt: skip
-    config = _pick(CHUNK_STATE_GRADIENT, q)
-    block_v = min(config.block_v, _width(call.V))
+    config = call.pick(CHUNK_STATE_GRADIENT)
+    BV = min(config.block_v, call.BV)
     segment = call.segment if split else 0
-    programs = (call.parts(segment) if split else call.N) * -(-call.V // block_v)
-    constants = dict(
-        BK=_width(call.K), BV=block_v, SPLIT=split, GATED=G is not None, FINAL=dfinal is not None, INITIAL=initial_of,
+    programs = (call.parts(segment) if split else call.N) * -(-call.V // BV)
+    flags = (dfinal is None, dv is None, initial_of, split, borrow)
+    args = (*_or(k, q, k, do, E, b, G, X, dfinal, dv, partial, *D, dinitial), *call.place, segment, scale, 1.0 / scale)
+    launch(state_gradient, ("state_gradient", call.key, flags), (programs, call.HV, 1), args, config, lambda: dict(
+        BK=call.BK, BV=BV, SPLIT=split, GATED=G is not None, FINAL=dfinal is not None, INITIAL=initial_of,
         OUTPUT=dv is not None, BORROW=borrow, PRECISION=PRECISION, **call.sizes,
-    )  # fmt: skip
-    tensors = _or(k, q, k, do, E, b, G, X, dfinal, dv, partial, *D, dinitial)
-    launch(state_gradient, (programs, call.HV, 1), (*tensors, *call.place, segment, scale, 1.0 / scale), constants, config)
+    ))  # fmt: skip
 
 
 def _gradients(
     call: _Call, q, k, do, E, dv, b, G, S, D, initial, dfinal, partial, dq, dk, dbeta, scale, *, borrow: bool
 ) -> Tensor | None:  # fmt: skip
     """Writes dq, dk, dbeta; returns dg as `[tiles of K, B, T, HV]`, to be summed."""
-    config = _pick(CHUNK_GRADIENTS, q)
-    block_k = min(config.block_k, _width(call.K))
-    tiles = -(-call.K // block_k)
+    config = call.pick(CHUNK_GRADIENTS)
+    BK, BV = min(config.block_k, call.BK), min(config.block_v, call.BV)
+    tiles = -(-call.K // BK)
     first_S = None if initial is None else initial.transpose(2, 3).to(q.dtype).contiguous()
     last_D = None if dfinal is None else (dfinal / scale).transpose(2, 3).to(q.dtype).contiguous()
     dg = None if G is None else q.new_empty((tiles, *dbeta.shape), dtype=torch.float32)
-    constants = dict(
-        BK=block_k, BV=min(config.block_v, _width(call.V)), PARTIALS=partial.shape[0], GATED=G is not None,
-        INITIAL=initial is not None, FINAL=dfinal is not None, BORROW=borrow, PRECISION=PRECISION,
-        **call.sizes,
-    )  # fmt: skip
-    tensors = _or(k, q, k, do, E, dv, b, G, S, *D, first_S, last_D, partial, dq, dk, dbeta, dg)
-    launch(gradients, (tiles * call.parts(CHUNK), call.H, 1), (*tensors, *call.place, scale), constants, config)
+    flags = (initial is None, dfinal is None, partial.shape[0], borrow)
+    args = (*_or(k, q, k, do, E, dv, b, G, S, *D, first_S, last_D, partial, dq, dk, dbeta, dg), *call.place, scale)
+    launch(gradients, ("gradients", call.key, flags), (tiles * call.parts(CHUNK), call.H, 1), args, config, lambda: dict(
+        BK=BK, BV=BV, PARTIALS=partial.shape[0], GATED=G is not None, INITIAL=initial is not None, FINAL=dfinal is not None,
+        BORROW=borrow, PRECISION=PRECISION, **call.sizes,
+    ))  # fmt: skip
     return dg
 
 
@@ -312,10 +321,10 @@ def _transitions(call: _Call, k, b, G, X, X_low) -> Tensor:
 def _chain(call: _Call, M, N, given, *, backwards: bool) -> Tensor:
     out = torch.empty_like(N)
     config = SEGMENT_CHAIN
-    constants = dict(
-        HV=call.HV, K=call.K, V=call.V, BK=_width(call.K), BV=config.block_v, STEP=config.block_k, PACKED=call.packed,
-        GIVEN=given is not None, BACKWARDS=backwards, PRECISION=PRECISION,
-    )  # fmt: skip
     args = (M, N, *_or(N, given), out, call.place[0], call.T, call.segment)
-    launch(chain, (call.N * -(-call.V // config.block_v), call.HV, 1), args, constants, config)
+    key = ("chain", call.key, given is None, backwards)
+    launch(chain, key, (call.N * -(-call.V // config.block_v), call.HV, 1), args, config, lambda: dict(
+        HV=call.HV, K=call.K, V=call.V, BK=call.BK, BV=config.block_v, STEP=config.block_k, PACKED=call.packed,
+        GIVEN=given is not None, BACKWARDS=backwards, PRECISION=PRECISION,
+    ))  # fmt: skip
     return out

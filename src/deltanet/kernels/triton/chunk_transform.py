@@ -80,19 +80,16 @@ def solve_64(
 ):  # fmt: skip
     """Solve and write a chunk from the blocks of L and the betas of each block of rows, as columns (r) and as rows (c)."""
     zero = tl.zeros([16, 16], tl.float32)
-    X00, X11, X22, X33, X10, X32 = zero, zero, zero, zero, zero, zero
-    if rows > 0:
-        X00 = solve_16(L00, r0, c0, PRECISE)
-        X11 = solve_16(L11, r1, c1, PRECISE)
-        X22 = solve_16(L22, r2, c2, PRECISE)
-        X33 = solve_16(L33, r3, c3, PRECISE)
+    X00 = solve_16(L00, r0, c0, PRECISE)
+    X11 = solve_16(L11, r1, c1, PRECISE)
+    X22 = solve_16(L22, r2, c2, PRECISE)
+    X33 = solve_16(L33, r3, c3, PRECISE)
 
-    if rows > 16:
-        # 32 x 32
-        L10 = product(L10, -r0 * X00, L10, PRECISE)
-        X10 = product(-X11 * c1, L10, L10, PRECISE)
-        L32 = product(L32, -r2 * X22, L32, PRECISE)
-        X32 = product(-X33 * c3, L32, L32, PRECISE)
+    # 32 x 32
+    L10 = product(L10, -r0 * X00, L10, PRECISE)
+    X10 = product(-X11 * c1, L10, L10, PRECISE)
+    L32 = product(L32, -r2 * X22, L32, PRECISE)
+    X32 = product(-X33 * c3, L32, L32, PRECISE)
 
     X20, X21, X30, X31 = zero, zero, zero, zero
     if rows > 32:

@@ -1,8 +1,8 @@
 """Launching without Triton's front door, which binds, specialises and looks up on every call and costs more than some kernels run.
 
-The first call of a kernel for given constants, dtypes and alignments goes through it and keeps the compiled kernel; later calls hand that
-their arguments directly. Nothing depends on T: the kernels take their sizes as plain integers that are never specialised.
-`together` compiles every kernel that a function would launch, side by side: four compilations take the time of the longest.
+The first call of a kernel under a key goes through it and keeps the compiled kernel; later calls hand that their arguments directly.
+The key must hold whatever decides the code: dtypes, alignments and constants. T is not among them: sizes are plain integers, never
+specialised. `together` compiles every kernel that a function would launch, side by side: four compilations take the time of the longest.
 """
 
 from collections.abc import Callable
@@ -10,37 +10,32 @@ from concurrent.futures import ThreadPoolExecutor
 from threading import local
 from typing import Any
 
-import torch
-
 from deltanet.kernels.launch import LaunchConfig
 
 __all__ = ["launch", "together"]
 
-_kernels: dict[tuple, tuple[Any, tuple]] = {}  # what decides the code -> the compiled kernel, and the constants in its argument order
+_kernels: dict[tuple, tuple] = {}  # key -> the compiled kernel, its constants in argument order, its LaunchConfig
 _thread = local()  # .recorded: launches noted instead of run, inside `together`
 
 
-def launch(fn: Any, grid: tuple[int, int, int], args: tuple, constants: dict[str, Any], config: LaunchConfig) -> None:
-    """fn[grid](*args, **constants) with the warps and stages of `config`; `args` are the kernel's first arguments, in order."""
+def launch(
+    fn: Any, key: tuple, grid: tuple[int, int, int], args: tuple, config: LaunchConfig, constants: Callable[[], dict[str, Any]]
+) -> None:
+    """fn[grid](*args, **constants()) with the warps and stages of `config`; `args` are the kernel's first arguments, in order."""
     recorded = getattr(_thread, "recorded", None)
     if recorded is not None:
-        recorded.append((fn, grid, args, constants, config))
+        recorded.append((fn, grid, args, constants(), config))
         return
-    key = (
-        fn,
-        config,
-        tuple(constants.values()),
-        tuple((x.dtype, x.data_ptr() % 16) if isinstance(x, torch.Tensor) else isinstance(x, int) and x >= 2**31 for x in args),
-        args[0].device,
-    )
+    key = (*key, id(config))  # kept alive by the entry
     found = _kernels.get(key)
     if found is not None:
-        kernel, tail = found
+        kernel, tail, _ = found
         kernel[grid](*args, *tail)
         return
-    kernel = fn[grid](*args, **constants, num_warps=config.warps, num_stages=config.stages)
+    named = constants()
+    kernel = fn[grid](*args, **named, num_warps=config.warps, num_stages=config.stages)
     if kernel is not None:  # the interpreter compiles nothing
-        _kernels[key] = kernel, tuple(constants[name] for name in fn.arg_names[len(args) :])
+        _kernels[key] = kernel, tuple(named[name] for name in fn.arg_names[len(args) :]), config
 
 
 def together(run: Callable[[], Any]) -> None:
