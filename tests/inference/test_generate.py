@@ -9,7 +9,7 @@ from deltanet.layers import DeltaNetConfig, reorder, snapshot, state_bytes
 from deltanet.models import LanguageModel, ModelConfig
 
 VOCABULARY = 257
-EXACT = {"rtol": 1e-6, "atol": 1e-6}  # norms are computed in fp32, whatever the weights are
+EXACT = {"rtol": 1e-12, "atol": 1e-12}
 
 
 @pytest.fixture(scope="module")

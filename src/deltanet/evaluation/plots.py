@@ -58,7 +58,7 @@ def plot_learning(
     `training` are bits per byte of the steps that end at `tokens`; `evaluations` are (tokens, bits per byte) of
     validation text; `yardsticks` are bits per byte by name. Writes `stem`.png and .svg and returns their paths.
     """
-    with _figure("Learning to predict text", "training tokens", "bits per byte") as (figure, axes):
+    with figure_with_axes("Learning to predict text", "training tokens", "bits per byte") as (figure, axes):
         axes.plot(tokens, training, color=BLUE, alpha=0.22, linewidth=0.8)
         axes.plot(tokens, _running_mean(training), color=BLUE, label="training")
         if evaluations:
@@ -99,14 +99,14 @@ def plot_learning(
             )
         _plain_counts(axes.xaxis)
         axes.legend(loc="upper right")
-        return _save(figure, stem)
+        return save(figure, stem)
 
 
 def plot_positions(stem: Path, rows: Sequence[tuple[int, int, float]], context: int) -> list[Path]:
     """Bits per byte against the position in the context. `rows` are (first, last, bits per byte); beyond `context` the
     positions are marked as longer than any training window. Writes `stem`.png and .svg and returns their paths.
     """
-    with _figure("What context is worth", "tokens of context before the predicted one", "bits per byte") as (
+    with figure_with_axes("What context is worth", "tokens of context before the predicted one", "bits per byte") as (
         figure,
         axes,
     ):
@@ -128,15 +128,18 @@ def plot_positions(stem: Path, rows: Sequence[tuple[int, int, float]], context: 
                 color=ORANGE,
                 fontsize=10,
             )
-        _powers_of_two(axes.xaxis)
-        return _save(figure, stem)
+        powers_of_two(axes.xaxis)
+        return save(figure, stem)
 
 
 def plot_decoding(stem: Path, costs: Sequence[DecodingCost], name: str) -> list[Path]:
     """Milliseconds per generated token against the length of the context, the model called `name` beside attention with a cache.
     Writes `stem`.png and .svg and returns their paths.
     """
-    with _figure("The cost of the next token", "tokens of context", "milliseconds per token") as (figure, axes):
+    with figure_with_axes("The cost of the next token", "tokens of context", "milliseconds per token") as (
+        figure,
+        axes,
+    ):
         contexts = [cost.context for cost in costs]
         lines = (
             (name, [cost.model_ms for cost in costs], BLUE, "-", "o", costs[-1].model_bytes),
@@ -157,8 +160,8 @@ def plot_decoding(stem: Path, costs: Sequence[DecodingCost], name: str) -> list[
             )
         axes.set_xscale("log", base=2)
         axes.set_ylim(bottom=0)
-        _powers_of_two(axes.xaxis)
-        return _save(figure, stem)
+        powers_of_two(axes.xaxis)
+        return save(figure, stem)
 
 
 def sparkline(values: Sequence[float], width: int = 60) -> str:
@@ -173,7 +176,7 @@ def sparkline(values: Sequence[float], width: int = 60) -> str:
 
 
 @contextmanager
-def _figure(title: str, x: str, y: str) -> Iterator[tuple[Any, Any]]:
+def figure_with_axes(title: str, x: str, y: str) -> Iterator[tuple[Any, Any]]:
     if not can_plot():
         raise ValueError("plots need matplotlib, which is not installed: pip install 'deltanet[plot]'")
     import matplotlib
@@ -189,7 +192,7 @@ def _figure(title: str, x: str, y: str) -> Iterator[tuple[Any, Any]]:
         yield figure, axes
 
 
-def _save(figure: Any, stem: Path) -> list[Path]:
+def save(figure: Any, stem: Path) -> list[Path]:
     paths = [stem.with_name(stem.name + suffix) for suffix in (".png", ".svg")]
     figure.savefig(paths[0])
     figure.savefig(paths[1], metadata={"Date": None})  # the same data give the same file
@@ -203,7 +206,7 @@ def _plain_counts(axis: Any) -> None:
     axis.set_major_formatter(FuncFormatter(lambda value, _: _count(value)))
 
 
-def _powers_of_two(axis: Any) -> None:
+def powers_of_two(axis: Any) -> None:
     """512, 1k, 16k: here k is 1024."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 

@@ -161,7 +161,7 @@ def plot_speedup(stem: Path, result: dict[str, Any]) -> list[Path]:
     Writes `stem`.png and .svg and returns their paths.
     """
     title = "Chunked over token by token, forward and backward"
-    with plots._figure(title, f"length (batch x length = {result['tokens']:,} tokens)", "times faster") as (
+    with plots.figure_with_axes(title, f"length (batch x length = {result['tokens']:,} tokens)", "times faster") as (
         figure,
         axes,
     ):
@@ -201,7 +201,7 @@ def plot_speedup(stem: Path, result: dict[str, Any]) -> list[Path]:
             )
         axes.set_xscale("log", base=2)
         axes.set_yscale("log", base=2)
-        plots._powers_of_two(axes.xaxis)
+        plots.powers_of_two(axes.xaxis)
         from matplotlib.ticker import FuncFormatter
 
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -214,4 +214,4 @@ def plot_speedup(stem: Path, result: dict[str, Any]) -> list[Path]:
             color=plots.GREY,
             fontsize=9,
         )
-        return plots._save(figure, stem)
+        return plots.save(figure, stem)
