@@ -1,7 +1,7 @@
 """The chunk kernels against the definition in fp64: in Triton's interpreter without a GPU (fp32, fp16), compiled on one (bf16 too).
 
-Each of these was seen to fail when its fault was planted: a mask dropped from E (tails), X without beta (errors), D of the next chunk (dk),
-a state read for the first chunk (poison), heads counted by H (groups), segments joined without M (segments), exp2 of unmasked exponents (decay).
+Each of these faults was planted once and seen: E from X without beta, D of another chunk, heads counted by H, segments joined without M,
+exp2 of unmasked exponents, a merge of the solve left out, D kept in dq alone (wide values), rows past the end not masked (a crash).
 """
 
 import pytest
@@ -78,9 +78,10 @@ CASES = {
     "tail": dict(shape=(1, 130, 1, 1, 64, 64)),
     "one token": dict(shape=(2, 1, 1, 1, 64, 64), states=True),
     "states": dict(shape=(1, 70, 1, 1, 64, 64), states=True, beta_max=2.0),
-    "gated, grouped, odd dims": dict(shape=(2, 70, 1, 2, 24, 40), states=True, gate=0.2),
+    "gated, grouped, odd dims": dict(shape=(1, 70, 2, 4, 24, 40), states=True, gate=0.2),
     "packed": dict(shape=(1, 135, 1, 1, 32, 64), lengths=RAGGED, states=True),
     "packed, gated, lean": dict(shape=(1, 135, 1, 1, 64, 64), lengths=RAGGED, states=True, gate=0.2, save="lean"),
+    "wide values": dict(shape=(1, 130, 1, 1, 64, 128)),
     # sums of g near -4000 leave 2e-4 of an exponent in fp32
     "strong decay": dict(shape=(1, 130, 1, 1, 64, 64), gate=80.0, states=True, limit=1e-3),
     "no decay": dict(shape=(1, 70, 1, 1, 64, 64), gate=0.0),

@@ -62,7 +62,7 @@ DECODE: Table = {(size, key_dim): LaunchConfig(warps=4, block_v=32) for size in 
 # The chunk kernels pad K and V to at least 64 columns: 32-wide tiles with 4 warps are miscompiled for Hopper by some Triton releases,
 # and every further width is one more configuration to prove. Key: (bytes of an element of q, padded K). Times: one H200, 8 x 4096 x 16 x 128.
 
-# transform: one warp a chunk, so that nothing waits; the whole of K at once (0.077 ms) beats halves (0.095) and quarters (0.133).
+# transform: one warp a chunk, so that nothing waits; the whole of K at once (0.097 ms) beats halves (0.115) and quarters (0.16).
 # 256 columns at once would spill.
 CHUNK_TRANSFORM: Table = {
     (size, width): LaunchConfig(warps=1, block_k=min(width, 128) if size == 2 else 32) for size in (2, 4) for width in (64, 128, 256)
@@ -93,6 +93,13 @@ CHUNK_STATE_GRADIENT: Table = {
 CHUNK_GRADIENTS: Table = {
     **{(2, width): LaunchConfig(warps=4, stages=2, block_v=64, block_k=64) for width in (64, 128, 256)},
     **{(4, width): LaunchConfig(warps=8, block_v=32, block_k=64) for width in (64, 128, 256)},
+}
+
+# Gated, the chunk's decays and a second accumulator for dk spill at 4 warps (1.47 ms); 8 warps on all of K 128 take 0.97.
+CHUNK_GRADIENTS_GATED: Table = {
+    **CHUNK_GRADIENTS,
+    (2, 128): LaunchConfig(warps=8, stages=2, block_v=64, block_k=128),
+    (2, 256): LaunchConfig(warps=8, stages=2, block_v=64, block_k=128),
 }
 
 # chain: fp32 throughout, a few products a segment; its time does not show.

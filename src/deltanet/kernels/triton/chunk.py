@@ -18,6 +18,7 @@ from torch import Tensor
 from deltanet.kernels.launch import (
     CHUNK_FORWARD,
     CHUNK_GRADIENTS,
+    CHUNK_GRADIENTS_GATED,
     CHUNK_STATE_GRADIENT,
     CHUNK_TRANSFORM,
     SEGMENT_CHAIN,
@@ -279,7 +280,7 @@ def _gradients(
     call: _Call, q, k, do, E, dv, b, G, S, D, initial, dfinal, partial, dq, dk, dbeta, scale, *, borrow: bool
 ) -> Tensor | None:  # fmt: skip
     """Writes dq, dk, dbeta; returns dg as `[tiles of K, B, T, HV]`, to be summed."""
-    config = call.pick(CHUNK_GRADIENTS)
+    config = call.pick(CHUNK_GRADIENTS if G is None else CHUNK_GRADIENTS_GATED)
     BK, BV = min(config.block_k, call.BK), min(config.block_v, call.BV)
     tiles = -(-call.K // BK)
     first_S = None if initial is None else initial.transpose(2, 3).to(q.dtype).contiguous()
