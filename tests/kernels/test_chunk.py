@@ -152,6 +152,13 @@ def test_the_triangular_solve(keys, beta_max):
     assert torch.equal(b.view(-1), beta.view(-1))
 
 
+@pytest.mark.parametrize("options", [dict(), dict(gated=True, packed=True, states=True, memory="lean")], ids=str)
+def test_warmup_runs_what_it_is_told_to_compile(options):
+    from deltanet.kernels import triton as family
+
+    family.warmup(heads=1, key_dim=64, value_dim=64, tokens=65, dtype=torch.float32, device=DEVICE, **options)
+
+
 def test_every_row_is_there():
     for table in (launch.CHUNK_TRANSFORM, launch.CHUNK_FORWARD, launch.CHUNK_STATE_GRADIENT, launch.CHUNK_GRADIENTS):
         assert set(table) == {(size, width) for size in (2, 4) for width in (64, 128, 256)}

@@ -30,7 +30,7 @@ from deltanet.kernels.triton.chunk_segments import chain
 from deltanet.kernels.triton.chunk_state import forward
 from deltanet.kernels.triton.chunk_state_gradient import state_gradient
 from deltanet.kernels.triton.chunk_transform import transform
-from deltanet.kernels.triton.compiled import launch, together
+from deltanet.kernels.triton.compiled import launch, on_its_device, together
 
 __all__ = ["chunk_backward", "chunk_forward", "saved"]
 
@@ -40,6 +40,7 @@ SHORTEST_SEGMENT = 1024  # below 16 chunks a segment, computing its transition c
 PRECISION = "tf32x3"  # of products with fp32 operands; 16-bit operands do not look at it
 
 
+@on_its_device
 def chunk_forward(
     q: Tensor,
     k: Tensor,
@@ -77,6 +78,7 @@ def chunk_forward(
     return o, final, kept
 
 
+@on_its_device
 def chunk_backward(
     do: Tensor,
     dfinal_state: Tensor | None,

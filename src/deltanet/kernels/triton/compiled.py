@@ -7,12 +7,15 @@ specialised. `together` compiles every kernel that a function would launch, side
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import wraps
 from threading import local
 from typing import Any
 
+import torch
+
 from deltanet.kernels.launch import LaunchConfig
 
-__all__ = ["launch", "together"]
+__all__ = ["launch", "on_its_device", "together"]
 
 _kernels: dict[tuple, tuple] = {}  # key -> the compiled kernel, its constants in argument order, its LaunchConfig
 _thread = local()  # .recorded: launches noted instead of run, inside `together`
@@ -54,3 +57,16 @@ def _compile(work: tuple) -> None:
     kernel = fn.warmup(*args, grid=grid, **constants, num_warps=config.warps, num_stages=config.stages)
     if hasattr(kernel, "_init_handles"):  # the launcher is a small C program of its own, compiled on first use
         kernel._init_handles()
+
+
+def on_its_device(function: Callable) -> Callable:
+    """Run `function` with the device of its first tensor current: kernels are launched on the current device, wherever their data is."""
+
+    @wraps(function)
+    def guarded(first: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if first.is_cuda and first.device.index != torch.cuda.current_device():
+            with torch.cuda.device(first.device):
+                return function(first, *args, **kwargs)
+        return function(first, *args, **kwargs)
+
+    return guarded
