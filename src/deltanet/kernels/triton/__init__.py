@@ -68,7 +68,7 @@ _HOMES = {
     "chunk_backward": "chunk",
     "recurrent_forward": "recurrent",
     "recurrent_backward": "recurrent",
-    "warmup": "warmup",
+    "warmup": "compile_ahead",  # a module named as what it provides would hide it
 }
 
 
