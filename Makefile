@@ -1,4 +1,5 @@
 # Each target sets up what it needs; Python 3.11+ and make are enough.
+# Tests run as two processes of one thread each: their tensors are small, and threads that wait for each other cost more than they give.
 #   make quickstart   train a byte-level DeltaNet on Jane Austen, evaluate, generate, plot
 #   make test         the whole test suite          make lint   ruff, mypy, the import contract
 PYTHON ?= python3
@@ -15,7 +16,7 @@ quickstart: $(VENV)/.installed
 	$(BIN)/deltanet generate $(RUN) --prompt "It is a truth universally acknowledged"
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --durations=10
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
