@@ -32,7 +32,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
         "python": platform.python_version(),
-        "commit": _git("rev-parse", "--short", "HEAD"),
+        "commit": _git("rev-parse", "--short", "HEAD") or _exported(),
         "uncommitted": bool(_git("status", "--porcelain", "src", "benchmarks")),
         "versions": {},
     }
@@ -52,6 +52,12 @@ def environment(device: torch.device) -> dict[str, Any]:
 def _git(*arguments: str) -> str | None:
     done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
     return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _exported() -> str | None:
+    """The commit of a copy without history, if whoever made it left it in a file COMMIT."""
+    file = ROOT / "COMMIT"
+    return file.read_text().strip() if file.exists() else None
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import util
 
@@ -80,19 +81,20 @@ def importable(names: list[str]) -> dict[str, Peer]:
 def compile_ahead(families: set[tuple[int, int]], workers: int | None = None) -> None:
     """Compile all that fla's search over settings will try for each (heads, head dimension), on all cores, into Triton's cache."""
     workers = workers or os.cpu_count() or 1
-    parts = max(1, workers // max(1, len(families)))
-    jobs = [(H, D, part, parts) for part in range(parts) for H, D in sorted(families)]
-    running: list[subprocess.Popen] = []
-    for job in jobs:
+    weight = {D: max(1.0, D / 64) for _, D in families}  # wider heads take longer to compile
+    share = workers / max(1.0, sum(weight[D] for _, D in families))
+    parts = {(H, D): max(1, round(2 * share * weight[D])) for H, D in families}  # twice the cores, so that the last ones finish together
+    jobs = [(H, D, part, n) for (H, D), n in sorted(parts.items(), key=lambda x: -x[0][1]) for part in range(n)]
+    environment = {**os.environ, "FLA_CACHE_RESULTS": "0", "OMP_NUM_THREADS": "1"}
+
+    def compile_part(job: tuple[int, ...]) -> None:
         command = [sys.executable, __file__, "--compile", *map(str, job)]
-        environment = {**os.environ, "FLA_CACHE_RESULTS": "0", "OMP_NUM_THREADS": "1"}
-        running.append(subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE))
-        while sum(p.poll() is None for p in running) >= workers:
-            running[0].wait() if running[0].poll() is None else next(p for p in running if p.poll() is None).wait()
-    for process in running:
-        _, error = process.communicate()
-        if process.returncode:
-            print(f"compiling ahead failed, fla will compile by itself: {error.decode()[-500:]}", file=sys.stderr)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        if done.returncode:
+            print(f"compiling ahead failed, fla will compile by itself: {done.stderr[-500:]}", file=sys.stderr)
+
+    with ThreadPoolExecutor(workers) as pool:
+        list(pool.map(compile_part, jobs))
 
 
 def _compile_family(heads: int, head_dim: int, part: int, parts: int) -> None:
