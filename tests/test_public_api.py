@@ -18,8 +18,9 @@ PUBLIC = {
         "explain",
         "preset",
         "recurrent_delta_rule",
+        "warmup",
     ],
-    "deltanet.ops": ["chunk_delta_rule", "explain", "recurrent_delta_rule"],
+    "deltanet.ops": ["chunk_delta_rule", "explain", "recurrent_delta_rule", "warmup"],
     "deltanet.layers": ["DeltaNet", "DeltaNetConfig", "DeltaNetState"],
     "deltanet.models": ["LanguageModel", "ModelConfig", "preset"],
 }
@@ -34,7 +35,18 @@ def test_public_names(module: str) -> None:
 
 
 def test_the_top_offers_exactly_this() -> None:
-    assert list(importlib.import_module("deltanet").__all__) == PUBLIC["deltanet"]
+    top = importlib.import_module("deltanet")
+    assert list(top.__all__) == PUBLIC["deltanet"]
+    assert set(PUBLIC["deltanet"]) <= set(dir(top))
+    with pytest.raises(AttributeError, match="module 'deltanet' has no attribute 'chunk_delta'"):
+        top.chunk_delta  # noqa: B018
+
+
+def test_rooms_are_reached_from_the_top() -> None:
+    """`import deltanet` alone, then deltanet.ops and the rest, in a fresh interpreter."""
+    code = "import deltanet; print(deltanet.ops.explain is deltanet.explain, deltanet.layers.DeltaNet is deltanet.DeltaNet)"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.strip() == "True True"
 
 
 def test_signature_of_the_operator() -> None:
@@ -45,6 +57,17 @@ def test_signature_of_the_operator() -> None:
     assert names[:4] == ["q", "k", "v", "beta"]
     assert {"scale", "initial_state", "output_final_state", "cu_seqlens"} <= set(names)
     assert list(inspect.signature(recurrent_delta_rule).parameters) == names
+
+
+def test_the_command_line_sets_up_threads_before_torch_comes() -> None:
+    """OpenMP reads its settings when torch is loaded, so nothing may load torch before the command line has made them."""
+    code = (
+        "import sys, deltanet.cli as cli; print('torch' in sys.modules); cli.main([]);"
+        "import os; print(os.environ['GOMP_SPINCOUNT'])"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.startswith("False")
+    assert out.strip().endswith("1000")
 
 
 def test_cold_import_needs_torch_alone() -> None:

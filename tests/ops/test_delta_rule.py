@@ -8,7 +8,7 @@ import torch
 from support import make_inputs, relative_error
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from deltanet.ops import BackendError, check_values, chunk_delta_rule, explain, recurrent_delta_rule
+from deltanet.ops import BackendError, check_values, chunk_delta_rule, explain, recurrent_delta_rule, warmup
 from deltanet.ops import autograd as operator
 from deltanet.reference import recurrent
 
@@ -222,6 +222,12 @@ def test_explain_says_who_and_why() -> None:
     assert found.refusals["reference"] is None
     assert "cpu" in found.refusals["triton"]
     assert "reference" in str(found)
+
+
+def test_warmup_where_nothing_is_compiled() -> None:
+    warmup(heads=2, key_dim=64, device="cpu")
+    with pytest.raises(BackendError, match="the triton backend cannot run this call"):
+        warmup(heads=2, key_dim=64, device="cpu", backend="triton")
 
 
 def test_check_values_names_the_tensor() -> None:

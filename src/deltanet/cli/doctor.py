@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from deltanet import __version__
 from deltanet.cli.options import parse
 from deltanet.ops import chunk_delta_rule, explain, recurrent_delta_rule
 from deltanet.training.device import choose_device, device_name
@@ -51,7 +52,7 @@ def examine() -> dict[str, Any]:
     able = [name for name, refusal in explanation.refusals.items() if refusal is None]
     return {
         "versions": {
-            "deltanet": installed("deltanet"),
+            "deltanet": __version__,
             "python": platform.python_version(),
             "torch": torch.__version__,
             "cuda": torch.version.cuda,

@@ -12,7 +12,7 @@ from deltanet.ops import autograd, backends
 from deltanet.ops.backends import Explanation, nearest
 from deltanet.reference.recurrent import work_dtype
 
-__all__ = ["check_values", "chunk_delta_rule", "explain", "recurrent_delta_rule"]
+__all__ = ["check_values", "chunk_delta_rule", "explain", "recurrent_delta_rule", "warmup"]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MEMORY = ("states", "lean")
@@ -90,6 +90,43 @@ def explain(
     """Which backends can run this call, which one `auto` takes, and why the others refuse. Print it."""
     _check(q, k, v, beta, g, None, cu_seqlens)
     return backends.explain(backends.describe(q, v, g, cu_seqlens, algorithm))
+
+
+def warmup(
+    *,
+    heads: int,
+    key_dim: int,
+    value_dim: int | None = None,
+    value_heads: int | None = None,
+    batch: int = 1,
+    tokens: int = 64,
+    dtype: torch.dtype = torch.bfloat16,
+    gated: bool = False,
+    packed: bool = False,
+    states: bool = False,
+    memory: str = "states",
+    algorithm: str = "chunk",
+    device: str | torch.device = "cuda",
+    backend: str = "auto",
+) -> None:
+    """Compile ahead what the first call of this kind, forward and backward, would compile; needed before a CUDA graph is captured.
+
+    Args:
+        heads, value_heads, key_dim, value_dim, dtype, gated, packed: as the calls will have them (`packed`: with cu_seqlens).
+        batch, tokens: matter only where few heads make long sequences run in segments; give the largest.
+        states: whether an initial state is given and the final one asked for.
+
+    Raises BackendError when no backend can run such calls. The reference compiles nothing.
+    """
+    value_dim, value_heads = value_dim or key_dim, value_heads or heads
+    q = torch.empty(1, 1, heads, key_dim, dtype=dtype, device=device)
+    v = torch.empty(1, 1, value_heads, value_dim, dtype=dtype, device=device)
+    name = backends.choose(backends.describe(q, v, v[..., 0] if gated else None, None, algorithm), backend)
+    if name != "reference":
+        backends.family(name).warmup(
+            heads=heads, key_dim=key_dim, value_dim=value_dim, value_heads=value_heads, batch=batch, tokens=tokens,
+            dtype=dtype, gated=gated, packed=packed, states=states, memory=memory, algorithm=algorithm, device=device,
+        )  # fmt: skip
 
 
 def check_values(q: Tensor, k: Tensor, beta: Tensor, g: Tensor | None = None, *, tolerance: float = 1e-2) -> None:

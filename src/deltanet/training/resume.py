@@ -1,12 +1,12 @@
 """Going on where a run stopped: which checkpoint, whether it is the same run, and everything as it was."""
 
 import base64
-from importlib.metadata import version
 from typing import Any
 
 import numpy as np
 import torch
 
+from deltanet import __version__
 from deltanet.data import Streams, Tokenizer
 from deltanet.models import LanguageModel
 from deltanet.training.checkpoint import (
@@ -90,7 +90,7 @@ def surroundings() -> dict[str, Any]:
     if torch.cuda.is_available():
         generators["cuda"] = _to_base64(torch.cuda.get_rng_state())
     return {
-        "deltanet": version("deltanet"),
+        "deltanet": __version__,
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "rng": generators,
