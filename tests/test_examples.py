@@ -1,6 +1,7 @@
 """The examples run as a user would run them, and stay short."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -23,3 +24,11 @@ def test_examples_are_short() -> None:
     assert len(EXAMPLES) >= 4
     for path in EXAMPLES:
         assert len(path.read_text().splitlines()) <= 80, f"{path.name} is longer than 80 lines"
+
+
+def test_the_readmes_python_runs() -> None:
+    text = (Path(__file__).parent.parent / "README.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", text, re.S)
+    assert blocks
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), {})
