@@ -1,6 +1,9 @@
 """The public operator: gradients, tracing, laws of sequences, and everything that it refuses at the door."""
 
+import os
 import re
+import subprocess
+import sys
 from contextlib import nullcontext
 
 import pytest
@@ -228,6 +231,19 @@ def test_warmup_where_nothing_is_compiled() -> None:
     warmup(heads=2, key_dim=64, device="cpu")
     with pytest.raises(BackendError, match="the triton backend cannot run this call"):
         warmup(heads=2, key_dim=64, device="cpu", backend="triton")
+
+
+def test_auto_never_takes_the_interpreter() -> None:
+    """With TRITON_INTERPRET set the kernels can run on a CPU, for debugging: by name, never by themselves."""
+    code = (
+        "import torch, deltanet; x = torch.nn.functional.normalize(torch.randn(1, 3, 1, 16), dim=-1);"
+        "found = deltanet.explain(x, x, x, torch.rand(1, 3, 1)); print(found.chosen, found.refusals['triton'])"
+    )
+    env = os.environ | {"TRITON_INTERPRET": "1"}
+    code = "import triton;" + code
+    pytest.importorskip("triton")
+    out = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True).stdout
+    assert out.strip() == "reference None"
 
 
 def test_check_values_names_the_tensor() -> None:

@@ -17,7 +17,7 @@ from deltanet.kernels.launch import Problem
 
 __all__ = ["BackendError", "Explanation", "choose", "describe", "explain", "family", "nearest"]
 
-FAMILIES = ("triton", "reference")  # in the order in which `auto` asks them
+FAMILIES = ("triton", "reference")  # in the order in which `auto` asks them on a GPU; the reference runs anywhere and comes last
 NAMES = ("auto", *FAMILIES)  # what `backend` may say
 
 
@@ -83,9 +83,9 @@ def _refusal(name: str, problem: Problem) -> str | None:
 def choose(problem: Problem, backend: str) -> str:
     """The name of the family that runs `problem`; BackendError when none does, or when `backend` names one that cannot."""
     if backend == "auto":
-        for name in FAMILIES:
-            if name == "reference" and problem.device == "cuda":
-                break
+        if problem.device != "cuda":  # not even where Triton's interpreter could run a kernel on a CPU, far slower
+            return "reference"
+        for name in FAMILIES[:-1]:
             if _refusal(name, problem) is None:
                 return name
         refusals = "; ".join(f"{name}: {_refusal(name, problem)}" for name in FAMILIES if name != "reference")
