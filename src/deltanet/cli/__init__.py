@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code. `argv` is what follows the program's name."""
     args = list(sys.argv[1:] if argv is None else argv)
     # Threads that wait for each other spin, and on a machine with anything else to do they spin in each other's place: a step of
-    # the quickstart takes 0.15 s on two quiet cores and 1.7 s with one busy. With a short spin 0.15 and 0.35 (docs/log.md).
+    # the quickstart took 0.16 s on two quiet cores and 0.63 s with one of them busy, with a short spin 0.15 and 0.35 (docs/log.md).
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
