@@ -33,7 +33,7 @@ def gather(folders: Sequence[Sequence[str]]) -> tuple[Suite, dict[str, list[dict
         cells = found.setdefault(setting[0] if setting else PROTOCOL, {})
         for outcome in Store(Path(path), suite.name).outcomes():
             cell = outcome["cell"]
-            key = (*(cell[name] for name in CELL), cell["config"]["d_model"])
+            key = (*(cell[name] for name in CELL), cell["config"]["d_model"], cell["recipe"]["epochs"])
             before = cells.get(key)
             if before is not None and before["cell"] != cell:
                 raise ValueError(

@@ -23,7 +23,7 @@ class Silent:
     def finished(self, cell, outcome, progress): ...
 
 
-def folder(path, epochs=1, heads=None, models=("deltanet", "attention")):
+def folder(path, epochs=(1,), heads=None, models=("deltanet", "attention")):
     """Cells of MQAR so small that they take no time."""
     grid = replace(
         SUITES["mqar"].grid(quick=False), tasks=("12x2x16",), models=models, widths=(16,), learning_rates=(1e-2,),

@@ -39,7 +39,7 @@ def tiny(models=("deltanet",), rates=(1e-2,), **recipe: Any) -> list[Cell]:
     grid = replace(
         SUITES["mqar"].grid(quick=False),
         tasks=("12x2x16",), models=models, widths=(16,), learning_rates=rates,
-        train_examples=64, test_examples=16, batch_size=16, epochs=2,
+        train_examples=64, test_examples=16, batch_size=16, epochs=(2,),
     )  # fmt: skip
     cells = SUITES["mqar"].cells(grid, "float32")
     return [replace(cell, recipe=replace(cell.recipe, **recipe)) for cell in cells]

@@ -138,15 +138,15 @@ def test_the_table_takes_the_best_rate_over_all_seeds() -> None:
     assert (row.paper, row.difference) == (81, pytest.approx(-21))
     assert row.reduced == "3 of 4 rates"
     assert "| 512x64 | mamba | 64 | 60.0 (spread 20.0) | 81.0 | -21.0 | 0.01 |" in markdown(suite, [row])
-    shallow = replace(grid, models=("deltanet",), seeds=(0,), depth=2, heads=1, epochs=8)
+    shallow = replace(grid, models=("deltanet",), seeds=(0,), depth=2, heads=1, epochs=(8,), patience=3)
     (row,) = rows_of(suite, [outcome(cell, 0.5) for cell in suite.cells(shallow, "float32")])
-    assert row.reduced == "8 of 64 epochs, 2 layers, not 4, 1 heads, not 2"
+    assert row.reduced == "8 of 64 epochs, ended after 3 epochs without a better one, 2 layers, not 4, 1 heads, not 2"
 
 
 def test_the_rate_is_chosen_by_validation_where_there_is_one() -> None:
     suite = SUITES["regbench"]
     grid = replace(
-        suite.grid(quick=False), models=("deltanet",), tasks=("2500",), widths=(128,), learning_rates=(2.54e-4, 5e-4)
+        suite.grid(quick=False), models=("deltanet",), tasks=("2500",), widths=(128,), learning_rates=(2.54e-4, 5e-4), epochs=(120,)
     )
     low, high = suite.cells(grid, "float32")
     found = [
@@ -154,7 +154,13 @@ def test_the_rate_is_chosen_by_validation_where_there_is_one() -> None:
         outcome(high, 0, scores={"validation": 0.7, "test": 0.9}, epochs=120),
     ]
     (row,) = rows_of(suite, found)
-    assert (row.ours, row.others, row.reduced) == (pytest.approx(70), {"validation": pytest.approx(80)}, "")
+    assert (row.ours, row.others) == (pytest.approx(70), {"validation": pytest.approx(80)})
+    assert row.reduced == "1 of 4 rates and epochs"
+    every = suite.cells(replace(grid, learning_rates=(2.54e-4,), epochs=(30, 60, 90, 120)), "float32")
+    assert len({cell.name for cell in every}) == 4
+    shorter = [outcome(cell, 0, scores={"validation": 0.9 - cell.recipe.epochs / 1000, "test": 0.75}) for cell in every[:3]]
+    (row,) = rows_of(suite, [*found, *shorter])
+    assert (row.ours, row.others, row.reduced) == (pytest.approx(75), {"validation": pytest.approx(87)}, "")
     wider = suite.cells(replace(grid, widths=(512,)), "float32")[0]
     rows = rows_of(suite, [*found, outcome(wider, 0, scores={"validation": 0.75, "test": 0.99}, epochs=120)])
     assert "| deltanet | 70.0 |\n| paper | 81.3 |" in markdown(suite, rows)  # the width too, by validation

@@ -1,6 +1,7 @@
 """A cell's training: which places it learns, by which rates, and that the same cell gives the same bits."""
 
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
@@ -111,6 +112,14 @@ def test_it_stops_above_the_threshold_and_when_the_loss_is_lost() -> None:
     assert lost.is_diverged
 
 
+def test_patience_ends_what_gets_no_better() -> None:
+    cell = tiny(epochs=9, patience=2)[0]
+    one = trial(cell)
+    scores = iter([0.1, 0.3, 0.2, 0.3, 0.9])
+    one._scores = lambda predictions: {"test": next(scores)}  # type: ignore[method-assign]
+    assert [x.epoch for x in one.run() if x] == [1, 2, 3, 4]  # 0.3 again is no better
+
+
 def test_a_small_task_is_learned() -> None:
     """Each token's answer is written in the weights: the whole step, from batch to AdamW, must be right for it."""
     cell = tiny(models=("attention",))[0]
@@ -120,11 +129,14 @@ def test_a_small_task_is_learned() -> None:
 
 
 @pytest.mark.slow
-def test_compiled_steps_are_the_same_and_compiled_once(monkeypatch) -> None:
+@pytest.mark.parametrize(("many", "graphs"), [(1, 2), (1024, 1)])
+def test_compiled_steps_are_the_same_and_compiled_once(monkeypatch, many: int, graphs: int) -> None:
+    """One block for both of a model's, and for both seeds; the loss where there are many ids."""
     from deltanet.training.suites import trial as module
 
-    traced = torch.compile(module._loss, fullgraph=True, dynamic=False, backend="aot_eager")
-    monkeypatch.setattr(module, "_compiled_loss", lambda: traced)
+    compiled = cache(lambda function: torch.compile(function, fullgraph=True, dynamic=False, backend="aot_eager"))
+    monkeypatch.setattr(module, "_compiled", compiled)
+    monkeypatch.setattr(module, "MANY_IDS", many)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     for seed in (0, 1):
@@ -134,7 +146,7 @@ def test_compiled_steps_are_the_same_and_compiled_once(monkeypatch) -> None:
             list(one.run())
             ends.append(weights(one))
         assert relative_error(ends[1], ends[0]) < 1e-5
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
 
 
 @pytest.mark.parametrize("model", MODELS)

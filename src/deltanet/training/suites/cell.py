@@ -25,13 +25,16 @@ class Recipe:
     final_share: float = 0.0  # ... or at this share of the peak, whichever is larger
     beta2: float = 0.999
     max_grad_norm: float | None = None
-    stop_above: float | None = None  # done once the accuracy is above this
+    stop_above: float | None = None  # done once the accuracy is above this ...
+    patience: int | None = None  # ... or after so many epochs without a better one
     precision: str = "float32"  # of the matrix products
 
     def __post_init__(self) -> None:
         for name in ("train_examples", "batch_size", "epochs", "evaluate_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.patience is not None and self.patience < 1:
+            raise ValueError(f"patience must be at least 1, got {self.patience}")
         if self.batch_size > self.train_examples:
             raise ValueError(
                 f"train_examples must fill a batch of {self.batch_size}, got {self.train_examples}: give more of them"
@@ -67,7 +70,7 @@ class Test:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Cell:
-    """One training. Cells alike but for rate, decay and seed make up one entry of the suite's table."""
+    """One training. Cells alike but for rate, decay, epochs and seed make up one entry of the suite's table."""
 
     suite: str
     task: str  # its name in the table
@@ -85,7 +88,7 @@ class Cell:
     @property
     def name(self) -> str:
         """Tells the cell from all others of its suite, and is a good name for a file."""
-        rate = f"lr{self.learning_rate:.3g}_wd{self.weight_decay:g}_seed{self.seed}"
+        rate = f"lr{self.learning_rate:.3g}_wd{self.weight_decay:g}_epochs{self.recipe.epochs}_seed{self.seed}"
         return f"{self.task}_{self.model}_d{self.config.d_model}_{rate}"
 
     @property

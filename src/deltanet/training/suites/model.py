@@ -7,6 +7,7 @@ RMSNorm and SwiGLU, for compression with a decoder that reads one position (athm
 four times the width (berlino/seq_icl).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -118,7 +119,7 @@ def _waves(tokens: int, width: int, device: torch.device) -> Tensor:
 
 
 class SuiteModel(nn.Module):
-    """A model of a suite. `model(tokens)` are the logits of all places; in training, `hidden` and `head` leave out those not asked for."""
+    """A model of a suite. `model(tokens)` are the logits of all places; in training, `logits` leaves out those not asked for."""
 
     def __init__(self, config: SuiteModelConfig, *, backend: str = "auto") -> None:
         super().__init__()
@@ -146,28 +147,30 @@ class SuiteModel(nn.Module):
         keep = torch.empty(shape, dtype=torch.bool, device=tokens.device)
         return keep.bernoulli_(1 - self.config.dropout, generator=generator)
 
-    def hidden(self, embedded: Tensor, kept: Tensor | None = None, places: Tensor | None = None) -> Tensor:
-        """What the head reads of the tokens' embeddings `[B, T, d_model]`: `[B, T, d_model]`, or at `places` `[B, K]` alone.
+    def body(
+        self, embedded: Tensor, kept: Tensor | None = None, apply: Callable[[nn.Module, Tensor], Tensor] | None = None
+    ) -> Tensor:
+        """What the blocks make of the tokens' embeddings `[B, T, d_model]`, of which only what is `kept` counts, where that is given.
 
-        Of the embeddings only what is `kept` counts, where that is given.
+        `apply(block, x)` is how a block is applied, if not by calling it.
         """
-        x, tokens = embedded, embedded.shape[1]
+        x = embedded
         if self.config.positions:
-            x = x + self.positions.weight[:tokens]
+            x = x + self.positions.weight[: x.shape[1]]
         if kept is not None:
             x = x * kept / (1 - self.config.dropout)
         for block in self.layers:
-            x = block(x)
+            x = block(x) if apply is None else apply(block, x)
+        return x
+
+    def logits(self, x: Tensor, places: Tensor | None = None) -> Tensor:
+        """`[B, T, vocab_size]` of what `body` gave, or `[B, K, vocab_size]` at `places` `[B, K]` alone."""
         if self.config.decoder:
-            x = self.decoder(x[:, -1], tokens)
+            x = self.decoder(x[:, -1], x.shape[1])
         if places is not None:
             x = x.gather(1, places[..., None].expand(-1, -1, x.shape[-1]))
-        return self.norm(x)
-
-    def head(self, x: Tensor) -> Tensor:
-        """Logits `[..., vocab_size]` of what `hidden` gave, all places or some."""
-        return F.linear(_narrow(x), self.lm_head.weight)
+        return F.linear(_narrow(self.norm(x)), self.lm_head.weight)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits `[B, T, vocab_size]`."""
-        return self.head(self.hidden(self.embeddings(tokens)))
+        return self.logits(self.body(self.embeddings(tokens)))

@@ -102,5 +102,5 @@ QUICK = Grid(
     train_examples=8192,
     test_examples=512,
     batch_size=64,
-    epochs=12,
+    epochs=(12,),
 )

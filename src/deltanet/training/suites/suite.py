@@ -28,14 +28,17 @@ class Grid:
     seeds: tuple[int, ...] = (0,)
     heads: int | None = None
     depth: int | None = None
-    epochs: int | None = None
+    epochs: tuple[int, ...] | None = None
+    patience: int | None = None
     train_examples: int | None = None
     test_examples: int | None = None
     batch_size: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("tasks", "models", "widths", "learning_rates", "weight_decays", "seeds"):
+        for name in ("tasks", "models", "widths", "learning_rates", "weight_decays", "seeds", "epochs"):
             values = getattr(self, name)
+            if values is None:
+                continue
             if not values:
                 raise ValueError(f"{name} must be at least one, got none")
             if len(set(values)) != len(values):
@@ -54,7 +57,10 @@ class Grid:
         for seed in self.seeds:
             if not 0 <= seed < 2**31:
                 raise ValueError(f"seeds must be between 0 and 2^31 - 1, got {seed}")
-        for name in ("heads", "depth", "epochs", "train_examples", "test_examples", "batch_size"):
+        for epochs in self.epochs or ():
+            if not 1 <= epochs <= 10**6:
+                raise ValueError(f"epochs must be between 1 and 1000000, got {epochs}")
+        for name in ("heads", "depth", "patience", "train_examples", "test_examples", "batch_size"):
             value = getattr(self, name)
             if value is not None and not 1 <= value <= 2**31:
                 raise ValueError(f"{name} must be between 1 and 2^31, got {value}")
@@ -78,7 +84,7 @@ class Suite(ABC):
 
     @abstractmethod
     def cell(self, grid: Grid, task: str, model: str, width: int, rate: float, decay: float, seed: int) -> Cell:
-        """One cell. ValueError, which names the field, where it is impossible."""
+        """One cell, of a grid with one number of epochs or none. ValueError, which names the field, where it is impossible."""
 
     @abstractmethod
     def paper(self, task: str, model: str, width: int) -> float | None:
@@ -93,13 +99,15 @@ class Suite(ABC):
         """Draws the paper's figure with our numbers as `stem`.png and .svg; returns their paths."""
 
     def cells(self, grid: Grid, precision: str) -> list[Cell]:
-        """All cells of the grid, the rates and seeds of an entry beside each other. `tasks` may be patterns as in a shell."""
+        """All cells of the grid, the rates, epochs and seeds of an entry beside each other. `tasks` may be patterns as in a shell."""
         names = tuple(dict.fromkeys(name for asked in grid.tasks for name in self._named(asked)))
         found = []
         for task, width, model in product(names, grid.widths, grid.models):
-            for seed, decay, rate in product(grid.seeds, grid.weight_decays, grid.learning_rates):
+            every = product(grid.seeds, grid.weight_decays, grid.epochs or (None,), grid.learning_rates)
+            for seed, decay, epochs, rate in every:
                 try:
-                    cell = self.cell(grid, task, model, width, rate, decay, seed)
+                    one = replace(grid, epochs=None if epochs is None else (epochs,))
+                    cell = self.cell(one, task, model, width, rate, decay, seed)
                 except ValueError as error:
                     raise ValueError(f"{self.name} {task}, {model} at width {width}: {error}") from None
                 found.append(replace(cell, recipe=replace(cell.recipe, precision=precision)))
@@ -118,4 +126,6 @@ def with_overrides(recipe: Recipe, grid: Grid) -> Recipe:
     """`recipe` with what the grid says otherwise."""
     names = {one.name for one in fields(recipe)} & {one.name for one in fields(grid)}
     given: dict[str, Any] = {name: value for name in names if (value := getattr(grid, name)) is not None}
+    if grid.epochs is not None:
+        given["epochs"] = grid.epochs[0]
     return replace(recipe, **given)

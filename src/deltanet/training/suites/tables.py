@@ -1,7 +1,8 @@
 """The table of a suite: for each entry the best learning rate's score, the paper's number, and their difference."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -19,13 +20,13 @@ class Row:
     task: str
     model: str
     width: int
-    ours: float  # mean over the seeds, at the learning rate and decay that do best
+    ours: float  # mean over the seeds, at the learning rate, decay and epochs that do best
     spread: float | None  # largest less smallest over the seeds; None with one
     paper: float | None
     learning_rate: float
     weight_decay: float
     seeds: int
-    rates: int  # pairs of learning rate and decay that were tried to the end
+    rates: int  # how many combinations of learning rate, decay and epochs were tried to the end
     epochs: int  # until that rate was done
     seconds: float  # of all cells together, which may have run side by side
     others: dict[str, float]  # the cell's further tests, in percent
@@ -48,9 +49,9 @@ def rows_of(suite: "Suite", outcomes: Iterable[dict[str, Any]]) -> list[Row]:
 
 
 def _row(suite: "Suite", task: str, model: str, width: int, outcomes: list[dict[str, Any]]) -> Row:
-    by_rate: dict[tuple[float, float], list[dict[str, Any]]] = {}
+    by_rate: dict[tuple[float, float, int], list[dict[str, Any]]] = {}
     for outcome in outcomes:
-        by_rate.setdefault((outcome["cell"]["learning_rate"], outcome["cell"]["weight_decay"]), []).append(outcome)
+        by_rate.setdefault(_setting(outcome), []).append(outcome)
     # Rates are compared on as many seeds each: the most that any of them has.
     most = max(map(len, by_rate.values()))
     full = {rate: found for rate, found in by_rate.items() if len(found) == most}
@@ -82,17 +83,20 @@ def _reduced(suite: "Suite", outcomes: Sequence[dict[str, Any]], chosen: Sequenc
     if cell["task"] not in suite.tasks():
         return "a task of its own"
     notes = []
-    tried = {(o["cell"]["learning_rate"], o["cell"]["weight_decay"]) for o in outcomes if o["status"] != "stopped"}
-    asked = [(rate, decay) for rate in full.learning_rates for decay in full.weight_decays]
-    if missing := sum(pair not in tried for pair in asked):
-        notes.append(f"{len(asked) - missing} of {len(asked)} rates")
+    tried = {_setting(outcome) for outcome in outcomes if outcome["status"] != "stopped"}
+    lengths = full.epochs or (cell["recipe"]["epochs"],)
+    asked = [*product(full.learning_rates, full.weight_decays, lengths)]
+    if missing := sum(setting not in tried for setting in asked):
+        notes.append(f"{len(asked) - missing} of {len(asked)} {'rates and epochs' if full.epochs else 'rates'}")
     standard = suite.cell(
-        full, cell["task"], cell["model"], cell["config"]["d_model"], cell["learning_rate"], cell["weight_decay"], 0
+        replace(full, epochs=None), cell["task"], cell["model"], cell["config"]["d_model"], cell["learning_rate"], cell["weight_decay"], 0
     )
     for name in ("epochs", "train_examples", "batch_size"):
         mine, yours = cell["recipe"][name], getattr(standard.recipe, name)
-        if mine != yours:
+        if mine != yours and not (name == "epochs" and full.epochs):
             notes.append(f"{mine:,} of {yours:,} {name.replace('_', ' ')}")
+    if patience := cell["recipe"].get("patience"):
+        notes.append(f"ended after {patience} epochs without a better one")
     ours, theirs = cell["config"], asdict(standard.config)
     for what, mine, yours in (
         ("layers", ours["depth"], theirs["depth"]),
@@ -103,6 +107,12 @@ def _reduced(suite: "Suite", outcomes: Sequence[dict[str, Any]], chosen: Sequenc
     if any(outcome["status"] == "stopped" for outcome in chosen):
         notes.append(f"stopped after epoch {chosen[0]['epochs']}")
     return ", ".join(notes)
+
+
+def _setting(outcome: dict[str, Any]) -> tuple[float, float, int]:
+    """Learning rate, decay and epochs of an outcome's cell: what the best is chosen of."""
+    cell = outcome["cell"]
+    return cell["learning_rate"], cell["weight_decay"], cell["recipe"]["epochs"]
 
 
 def _mean(values: Iterable[float]) -> float:

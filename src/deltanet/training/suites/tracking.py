@@ -68,7 +68,7 @@ class TrackingSuite(Suite):
             train_examples=3200,
             test_examples=256,
             batch_size=64,
-            epochs=12,
+            epochs=(12,),
         )
 
     def tasks(self) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from deltanet.data.synthetic import IGNORED, Examples, Task
 from deltanet.training.suites.cell import Cell
@@ -27,6 +27,7 @@ EAGER_STEPS = 3  # before a graph is captured: kernels are compiled, and the opt
 BURST = 25  # steps handed to the device at a time, so that trials side by side have their turns
 LOGITS = 2**27  # most logits of one piece of an evaluation
 PIECE = 2**17  # most tokens of one
+MANY_IDS = 1024  # from so many on a softmax costs enough to be fused
 
 
 @dataclass(frozen=True)
@@ -136,15 +137,21 @@ class Trial:
             since = 0
             self.history.append(found)
             yield found
-            if self.is_diverged or (
-                self.recipe.stop_above is not None and found.scores["test"] > self.recipe.stop_above
-            ):
+            if self.is_diverged or self.is_done:
                 return
 
     @property
     def is_diverged(self) -> bool:
         """Whether the loss is no number any more."""
         return bool(self.history) and math.isnan(self.history[-1].loss)
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the recipe asks for no more: the test is solved, or its score has been better than now for too long."""
+        scores = [found.scores["test"] for found in self.history]
+        best, limit, patience = max(scores), self.recipe.stop_above, self.recipe.patience
+        since = self.history[-1].epoch - self.history[scores.index(best)].epoch
+        return (limit is not None and scores[-1] > limit) or (patience is not None and since >= patience)
 
     def close(self) -> None:
         """Gives the memory of the graph back."""
@@ -227,9 +234,11 @@ class Trial:
         places = None if self.train.places is None else self.train.places.index_select(0, rows)
         kept = self.model.kept(tokens, self.generator)
         # Embeddings are looked up outside what is compiled: the compiler would add their gradients up by atomics, in another order and so
-        # to other bits each time.
-        function = _compiled_loss() if self.compiles else _loss
-        return function(self.model, self.model.embeddings(tokens), labels, places, kept)
+        # to other bits each time. Blocks are compiled one by one: all of a model's are alike, and so are those of tasks that differ in
+        # their ids or in what is asked.
+        compiles_loss = self.compiles and self.model.config.vocab_size >= MANY_IDS
+        x = self.model.body(self.model.embeddings(tokens), kept, _compiled(_block) if self.compiles else None)
+        return (_compiled(_loss) if compiles_loss else _loss)(self.model, x, labels, places)
 
     @torch.no_grad()
     def _predict(self, prepared: Prepared) -> Tensor:
@@ -243,23 +252,27 @@ class Trial:
                 part = slice(first, first + piece)
                 x = self.model.embeddings(inputs[part])
                 if places is None:
-                    out[part] = self.model.head(self.model.hidden(x)).argmax(-1)
+                    out[part] = self.model.logits(self.model.body(x)).argmax(-1)
                 else:
-                    found = self.model.head(self.model.hidden(x, None, places[part])).argmax(-1)
+                    found = self.model.logits(self.model.body(x), places[part]).argmax(-1)
                     out[part] = out[part].scatter(1, places[part], found)
         return out
 
 
-def _loss(model: SuiteModel, x: Tensor, labels: Tensor, places: Tensor | None, kept: Tensor | None) -> Tensor:
-    """Mean cross-entropy in nats over the labels that are asked for, of embeddings x `[B, T, d_model]`."""
-    logits = model.head(model.hidden(x, kept, places))
+def _block(block: nn.Module, x: Tensor) -> Tensor:
+    return block(x)
+
+
+def _loss(model: SuiteModel, x: Tensor, labels: Tensor, places: Tensor | None) -> Tensor:
+    """Mean cross-entropy in nats over the labels that are asked for, of what the blocks gave, x `[B, T, d_model]`."""
+    logits = model.logits(x, places)
     return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED)
 
 
 @cache
-def _compiled_loss() -> Callable[..., Tensor]:
-    """_loss, traced when it is first called for a model's shapes; made on demand, since the compiler brings Triton with it.
+def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The function, traced when it is first called for a model's shapes; made on demand, since the compiler brings Triton with it.
 
     The softmax goes over its rows twice: 0.07 ms for 8192 x 8192 (H200); once over them took 0.6, though with another job on the GPU.
     """
-    return torch.compile(_loss, fullgraph=True, dynamic=False, options={"online_softmax": False})
+    return torch.compile(function, fullgraph=True, dynamic=False, options={"online_softmax": False})
