@@ -204,3 +204,18 @@ def test_dropout_differs_from_replay_to_replay() -> None:
         losses.append(float(one.loss) - before)
     one.close()
     assert len(set(losses)) == 4
+
+
+@pytest.mark.parametrize("suite", SUITES)
+@pytest.mark.parametrize("model", ["deltanet", "deltanet-noconv", "attention", "mamba", "gla"])
+def test_every_suite_takes_the_line_up(suite: str, model: str) -> None:
+    grid = replace(SUITES[suite].grid(quick=False), models=(model,), test_examples=4)
+    cell = SUITES[suite].cells(grid, "float32")[0]
+    one = SuiteModel(cell.config)
+    one.init_weights(torch.Generator().manual_seed(0))
+    tokens = cell.train.sample(2, seed=0).inputs[:, :70]
+    with torch.no_grad():
+        logits = one(tokens)
+    assert logits.shape == (*tokens.shape, cell.train.vocab_size)
+    assert torch.isfinite(logits).all()
+    assert cell.train.score(cell.train.sample(2, seed=0).targets.clamp(min=0), cell.train.sample(2, seed=0)) == 1
