@@ -334,6 +334,19 @@ def test_generation_takes_the_latest_run_and_a_long_prompt(here, capsys):
     assert err == "note: the prompt has 100 tokens, training windows had 32\n"
 
 
+def test_a_hybrid_says_at_once_that_its_cache_is_too_small(here, capsys, tmp_path):
+    """Before anything is trained, read or printed."""
+    train = ["train", "--data", "text.txt", "--mix", "delta*2,attention(max_context=40)", "--steps", 0, "--out", tmp_path / "run"]
+    train += [*TINY, "--model.depth", 3]
+    too_small = "the attention cache takes max_context = 40 tokens, got"
+    assert fails(capsys, *train, "--sample-tokens", 41)[1].startswith(f"{too_small} 41: ask for fewer")
+    assert run(capsys, *train, "--quiet")[0] == 0
+    generate = ["generate", tmp_path / "run", "-p", "the cat", "--temperature", 0, "--device", "cpu", "--max-tokens"]
+    assert fails(capsys, *generate, 34)[1].startswith(f"{too_small} 41: ask for fewer")  # 8 tokens of prompt, and 33 that are read
+    assert run(capsys, *generate, 33)[0] == 0
+    assert fails(capsys, "evaluate", tmp_path / "run", "--longest", 256)[1].startswith(f"{too_small} 256: ask for fewer")
+
+
 def test_a_reader_that_leaves_is_no_error(here):
     process = start("generate", "runs/text-custom", "-p", "the", "--max-tokens", 3000, cwd=here)
     assert process.stdout.read(3) == "the"

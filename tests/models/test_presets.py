@@ -6,6 +6,7 @@ import tomllib
 import pytest
 import torch
 
+from deltanet.inference import GREEDY, generate, prefill
 from deltanet.layers import Attention, AttentionConfig, DeltaNetConfig
 from deltanet.models import MODELS, SIZES, LanguageModel, ModelConfig, preset
 from deltanet.training.config import RunConfig, TrainConfig, config_from_dict, config_to_toml
@@ -157,6 +158,10 @@ def test_a_hybrid_stops_at_its_caches_end() -> None:
     built = LanguageModel(config)
     layer = next(module for module in built.modules() if isinstance(module, Attention))
     layer.config = AttentionConfig(heads=2, max_context=6)
+    for refused in (lambda: generate(built, [[1, 2, 3]], max_tokens=5), lambda: prefill(built, [[1] * 7])):
+        with pytest.raises(ValueError, match=re.escape("the attention cache takes max_context = 6 tokens, got 7: ask for fewer")):
+            refused()
+    assert len(generate(built, [[1, 2, 3]], GREEDY, max_tokens=4)[0]) == 4  # the last one is not read
     tokens = torch.zeros(1, 5, dtype=torch.int64)
     _, state = built(tokens, built.init_state(1))
     _, state = built(tokens[:, :1], state)

@@ -36,7 +36,7 @@ class CompareOptions:
 
     The same command again goes on where it stopped, and with more models adds them; one that is finished is left as it is. Each model
     has a run folder in --out, which `deltanet generate`, `evaluate` and `plot` take. All fields of the data and the training can be
-    set, as with `deltanet train`; without them they are those of the size, at nano with 200 steps.
+    set, as with `deltanet train`; without them they are those of the size, at nano with 150 steps.
     """
 
     models: tuple[str, ...] = LINE_UP
@@ -57,7 +57,7 @@ class CompareOptions:
     """Report nothing but errors."""
 
 
-STEPS = 200  # at nano, so that a laptop has the table in minutes
+STEPS = 150  # at nano, so that a laptop has the table in minutes
 
 
 def run(args: list[str]) -> int:

@@ -54,6 +54,8 @@ def run(args: list[str]) -> int:
         )
     trained = load(options.run, options.step, options.device, options.backend)
     model, context = trained.model, trained.config.data.context
+    contexts = [1 << octave for octave in range(8, 40) if 1 << octave <= options.longest]
+    model.check_room(max(contexts, default=0))
     stream = validation_stream(trained)
     with autocast(trained.config, model.lm_head.weight.device):
         near, far = (SequentialWindows(stream, length) for length in (context, options.stretch * context))
@@ -62,7 +64,6 @@ def run(args: list[str]) -> int:
         beyond = evaluate(model, far, batch_size=options.batch_size, max_tokens=part)
     # Up to the training window from all windows of that length, which are many; only beyond it from the few long ones.
     by_position = score.by_position() + [row for row in beyond.by_position() if row[0] >= context]
-    contexts = [1 << octave for octave in range(8, 40) if 1 << octave <= options.longest]
     read = int(score.bytes.sum())
     record = {
         "step": trained.step,

@@ -42,6 +42,7 @@ def decoding_costs(model: LanguageModel, contexts: Sequence[int]) -> list[Decodi
     """
     if not contexts or contexts[0] < 1 or any(b <= a for a, b in pairwise(contexts)):
         raise ValueError(f"contexts must be lengths that increase from at least 1, got {list(contexts)}")
+    model.check_room(contexts[-1] + WARM_UP + TIMED)
     weight = model.lm_head.weight
     generator = torch.Generator().manual_seed(0)
     text = torch.randint(model.config.vocab_size, (contexts[-1],), generator=generator)

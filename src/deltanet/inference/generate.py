@@ -37,13 +37,15 @@ def prefill(
         at_once: tokens per row in one call of the model. The result does not depend on it beyond rounding.
 
     Raises:
-        ValueError: no prompt, an empty prompt, an id outside the vocabulary, or logits that are not finite.
+        ValueError: no prompt, an empty prompt, an id outside the vocabulary, more tokens than an attention cache takes, or logits that
+            are not finite.
     """
     rows = _check_prompts(prompts, model.config.vocab_size)
     if at_once < 1:
         raise ValueError(f"at_once must be at least 1 token, got {at_once}")
     device = next(model.parameters()).device
     length = max(len(row) for row in rows)
+    model.check_room(length)
     # Padding goes to the left, so that all prompts end together: the last column holds everyone's last token.
     tokens = torch.zeros(len(rows), length, dtype=torch.int64)
     mask = torch.zeros(len(rows), length, dtype=torch.bool)
@@ -115,8 +117,9 @@ def generate(
 ) -> list[Tensor]:
     """What comes after each prompt: int64 `[n]` on the CPU, n at most `max_tokens`, cut before the first token of `stop`.
 
-    Raises ValueError as `prefill` does.
+    Raises ValueError as `prefill` does, and before anything is read where the cache has no room for `max_tokens` more.
     """
+    model.check_room(max(map(len, prompts), default=0) + max_tokens - 1)
     steps = list(decode(model, prefill(model, prompts), sampling, max_tokens=max_tokens, stop=stop))
     if not steps:
         return [torch.empty(0, dtype=torch.int64) for _ in prompts]
@@ -135,11 +138,13 @@ def stream_text(
 ) -> Iterator[str]:
     """The text after `prompt`, piece by piece as its characters become complete, until the document ends.
 
-    The prompt is read as the beginning of a document. Raises ValueError, before anything is read, if it is empty.
+    The prompt is read as the beginning of a document. Raises ValueError, before anything is read, if it is empty or, with
+    `max_tokens`, more than an attention cache takes.
     """
     if not prompt:
         raise ValueError("the prompt must hold some text, got an empty one: give at least one character to go on from")
     ids = torch.cat([torch.tensor([tokenizer.separator]), torch.as_tensor(tokenizer.encode(prompt).astype("int64"))])
+    model.check_room(len(ids) + max_tokens - 1)
     ready = prefill(model, [ids])
     return _text(tokenizer, decode(model, ready, sampling, max_tokens=max_tokens, stop=[tokenizer.separator]))
 

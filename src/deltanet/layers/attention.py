@@ -208,6 +208,10 @@ class Attention(Mixer):
                 "raise max_context, or give the layer a window"
             )
 
+    @property
+    def max_context(self) -> int | None:
+        return None if self.config.window else self.config.max_context
+
     def init_state(
         self, batch: int = 1, device: torch.device | None = None, dtype: torch.dtype | None = None
     ) -> AttentionState:

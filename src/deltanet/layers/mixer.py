@@ -66,6 +66,11 @@ class Mixer(nn.Module):
         """Bytes that the state of `batch` sequences takes after `context` tokens; most mixers' does not grow."""
         return state_bytes(self.init_state(batch, torch.device("meta")))
 
+    @property
+    def max_context(self) -> int | None:
+        """Most tokens of a sequence that a state takes in; None where there is no end to it."""
+        return None
+
     def path(self, x: Tensor) -> str | None:
         """Which way a training step on tokens like `x` goes, and why no faster one; None where there is but one, or the operator chooses."""
         return None

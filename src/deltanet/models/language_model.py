@@ -273,6 +273,15 @@ class LanguageModel(nn.Module):
         blocks = sum(block.flops_per_token(context) for block in self._blocks())
         return 3 * (blocks + 2 * self.lm_head.weight.numel())
 
+    def check_room(self, tokens: int) -> None:
+        """ValueError if a state cannot take in so many tokens of a sequence, which attention without a window keeps: before any compute."""
+        limits = [module.max_context for module in self.modules() if isinstance(module, Mixer) and module.max_context is not None]
+        if limits and tokens > min(limits):
+            raise ValueError(
+                f"the attention cache takes max_context = {min(limits)} tokens, got {tokens}: ask for fewer, raise max_context, "
+                "or give the layer a window"
+            )
+
     def state_bytes(self, batch: int = 1, context: int = 0) -> int:
         """Bytes that the state of `batch` sequences takes after `context` tokens, on which it depends with full attention alone."""
         mixers = [module for module in self.modules() if isinstance(module, Mixer)]

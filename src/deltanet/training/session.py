@@ -63,6 +63,7 @@ class Session:
         torch.manual_seed(seed)
         self.model = LanguageModel(config.model, backend=config.train.backend, memory=config.train.memory)
         self.model.init_weights(torch.Generator().manual_seed(seed))
+        self.model.check_room(config.train.sample_tokens)
         self.model.checkpoint_blocks = config.train.checkpoint_blocks
         self.model.to(self.device)
         if config.train.compile:
