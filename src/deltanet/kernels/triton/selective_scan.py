@@ -2,12 +2,15 @@
 
     h_t = a_t h_{t-1} + b_t,    y_t = C_t . h_t             a_t = e^{dt_t A},  b_t = dt_t u_t B_t           per channel, h in R^S
     dh_t = C_t dy_t + a_{t+1} dh_{t+1},    dC_t = sum_d dy_t h_t,    dB_t = sum_d dh_t dt_t u_t,    d(dt_t u_t) = dh_t . B_t
-    d(dt_t A) = dh_t a_t h_{t-1} = dh_t (h_t - b_t)         so nothing is divided by a decay
+    d(dt_t A) = (a_t dh_t) h_{t-1}                           so nothing is divided by a decay
 
-Source: Gu and Dao 2023 (arXiv 2312.00752), section 3.3.2. A program takes one sequence and 32 channels through time, some tokens at once: the
-recurrence inside them is an associative scan along an axis that lies in registers. Nothing but the inputs is kept for the backward, which
-makes the states before every tile again. What is summed over channels (dB, dC) and over sequences (dA) leaves in one share per program and is
-added up outside.
+Source: Gu and Dao 2023 (arXiv 2312.00752), section 3.3.2. A program is one warp with one sequence and a few channels, token after token; tokens are
+taken some at a time so that their loads are under way together. Nothing but the inputs is kept for the backward: the forward runs once more and
+leaves the states before every few tokens, from which the backward, going from the end, makes those between. What is summed over channels (dB, dC)
+and over sequences (dA) leaves in one share per program and is added up outside.
+
+What costs is the sums: over numbers for y, du and ddt, over channels for dB and dC. The tile [pair, run, lane, lane] is laid so that a lane holds
+a run of both, and each sum begins in registers.
 """
 
 from dataclasses import dataclass
@@ -19,28 +22,23 @@ from torch import Tensor
 
 __all__ = ["scan_backward", "scan_forward"]
 
+LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
+LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
+PAIR: tl.constexpr = tl.constexpr(2)  # neighbouring channels of a lane
+ACROSS: tl.constexpr = tl.constexpr(8)  # lanes that share the channels
+ALONG: tl.constexpr = tl.constexpr(4)  # lanes that share the numbers of a channel
+STRIP: tl.constexpr = tl.constexpr(16)  # channels of a program: PAIR * ACROSS
+
 
 @dataclass(frozen=True)
-class Tile:
-    """What a program holds at once: [tokens, S, channels]."""
+class Tokens:
+    """How many tokens a program takes at a time."""
 
-    tokens: int
-    channels: int
-    warps: int
-
-
-# Channels lie across the lanes of a warp, the numbers S across warps and in registers, tokens in registers alone. Two warps wait for each other
-# less than four: one H200, 32 sequences of 2048 tokens, 1024 channels, S = 16, bf16: forward 0.98 ms, with [8, 4 warps] 2.9, [16, 4] 2.7. Backward,
-# the forward again included, 6.1 ms, with [4, 4 warps] 7.2, [8, 4] 11.1, [8, 8] 19.9: it holds five tiles at once, so they are smaller.
-FORWARD = Tile(8, 32, 2)
-BACKWARD = Tile(4, 32, 2)
-STARTS = Tile(4, 32, 2)  # the forward again, for the states before every tile of the backward: as many tokens
+    forward: int
+    backward: int
 
 
-@triton.jit
-def _then(a1, b1, a2, b2):
-    """First h -> a1 h + b1, then h -> a2 h + b2."""
-    return a1 * a2, a2 * b1 + b2
+TOKENS = Tokens(forward=8, backward=4)
 
 
 @triton.jit
@@ -52,56 +50,108 @@ def _span(cu_seqlens, n, T, PACKED: tl.constexpr):
 
 
 @triton.jit
+def _channels(strip):
+    """[PAIR, ACROSS], of one strip."""
+    return strip * STRIP + tl.arange(0, ACROSS)[None, :] * PAIR + tl.arange(0, PAIR)[:, None]
+
+
+@triton.jit
+def _numbers(BS: tl.constexpr):
+    """[run, ALONG]"""
+    RUN: tl.constexpr = BS // ALONG
+    return tl.arange(0, ALONG)[None, :] * RUN + tl.arange(0, RUN)[:, None]
+
+
+@triton.jit
+def _wide(x):
+    """Of each channel, against the tile [PAIR, run, ALONG, ACROSS]."""
+    return x[:, None, None, :]
+
+
+@triton.jit
+def _tall(x):
+    """Of each number, against the tile."""
+    return x[None, :, :, None]
+
+
+@triton.jit
+def _tile(x, channel, channel_stride, number, number_stride):
+    """Pointers [PAIR, run, ALONG, ACROSS] to a matrix. The hints understate how contiguous memory is, see recurrent_tiles.state_tile."""
+    pointer = x + (_wide(channel) * channel_stride + _tall(number) * number_stride)
+    return tl.max_contiguous(tl.multiple_of(pointer, [1, 1, 1, 1]), [1, 1, 2, 4])
+
+
+@triton.jit
+def _over_numbers(x):
+    return tl.sum(tl.sum(x, 1), 1)
+
+
+@triton.jit
+def _over_channels(x):
+    return tl.sum(tl.sum(x, 0), 2)
+
+
+@triton.jit
+def _tokens(x, width: tl.constexpr, index, mask, left, G: tl.constexpr):
+    """The values of the next G tokens in x [tokens, width], as a tuple; zeros where masked and where fewer than G are left.
+
+    All loads of some tokens come before their first store: the compiler must take the two for neighbours, and would have every load wait.
+    """
+    values = ()
+    for i in tl.static_range(G):
+        values = values + (tl.load(x + i * width + index, mask=mask & (i < left), other=0.0),)  # noqa: RUF005
+    return values
+
+
+@triton.jit
 def _forward(
     u,  # [tokens, D]
     dt,  # [tokens, D]
     A,  # [D, S] fp32
     B,  # [tokens, S]
-    C,  # [tokens, S]
+    C,  # [tokens, S], unless SAVE
     initial,  # [N, S, D] fp32, INITIAL only
     cu_seqlens,  # [N + 1], PACKED only
-    y,  # [tokens, D] out
+    y,  # [tokens, D] out, unless SAVE
     final,  # [N, S, D] fp32 out
     starts,  # [tokens // G + N, S, D] fp32 out, SAVE only: sequence n's begin at cu_seqlens[n] // G + n
     T,
-    D,
+    D: tl.constexpr,
     S: tl.constexpr,
     BS: tl.constexpr,
     G: tl.constexpr,
-    BD: tl.constexpr,
     PACKED: tl.constexpr,
     INITIAL: tl.constexpr,
     SAVE: tl.constexpr,
 ):
     n = tl.program_id(1)
     begin, end = _span(cu_seqlens, n, T, PACKED)
-    channel, number, token = tl.program_id(0) * BD + tl.arange(0, BD), tl.arange(0, BS), tl.arange(0, G)
+    channel, number = _channels(tl.program_id(0)), _numbers(BS)
     in_d, in_s = channel < D, number < S
-    tile, at = in_s[:, None] & in_d[None, :], number[:, None] * D + channel[None, :]
-    b_A = tl.load(A + channel[None, :] * S + number[:, None], mask=tile, other=0.0)
+    tile = _wide(in_d) & _tall(in_s)
+    rate = tl.load(_tile(A, channel, S, number, 1), mask=tile, other=0.0) * LOG2_E
     own = n.to(tl.int64) * S * D
     if INITIAL:
-        h = tl.load(initial + own + at, mask=tile, other=0.0)
+        h = tl.load(_tile(initial + own, channel, 1, number, D), mask=tile, other=0.0)
     else:
-        h = tl.zeros([BS, BD], tl.float32)
-    start = starts + (begin // G + n) * S * D + at
+        h = tl.zeros([PAIR, BS // ALONG, ALONG, ACROSS], tl.float32)
+    start = starts + (begin // G + n) * S * D
     for t in range(begin, end, G):
         if SAVE:
-            tl.store(start, h, mask=tile)
+            tl.store(_tile(start, channel, 1, number, D), h, mask=tile)
             start += S * D
-        row = t + token
-        wide, narrow = (row < end)[:, None] & in_d[None, :], (row < end)[:, None] & in_s[None, :]
-        of_d, of_s = row[:, None] * D + channel[None, :], row[:, None] * S + number[None, :]
-        b_dt = tl.load(dt + of_d, mask=wide, other=0.0).to(tl.float32)  # beyond the end a decay of 1 and no input
-        b_u = tl.load(u + of_d, mask=wide, other=0.0).to(tl.float32)
-        b_B = tl.load(B + of_s, mask=narrow, other=0.0).to(tl.float32)
-        b_C = tl.load(C + of_s, mask=narrow, other=0.0).to(tl.float32)
-        decay = tl.exp(b_dt[:, None, :] * b_A[None])
-        kept, added = tl.associative_scan((decay, (b_dt * b_u)[:, None, :] * b_B[:, :, None]), 0, _then)
-        states = kept * h[None] + added
-        tl.store(y + of_d, tl.sum(states * b_C[:, :, None], 1).to(y.dtype.element_ty), mask=wide)
-        h = tl.sum(tl.where(token[:, None, None] == G - 1, states, 0.0), 0)
-    tl.store(final + own + at, h, mask=tile)
+        left = end - t  # beyond it a decay of 1 and no input
+        steps, inputs = _tokens(dt + t * D, D, channel, in_d, left, G), _tokens(u + t * D, D, channel, in_d, left, G)
+        keys = _tokens(B + t * S, S, number, in_s, left, G)
+        queries = keys if SAVE else _tokens(C + t * S, S, number, in_s, left, G)
+        for i in tl.static_range(G):
+            step = steps[i].to(tl.float32)
+            written = step * inputs[i].to(tl.float32)
+            h = tl.exp2(_wide(step) * rate) * h + _wide(written) * _tall(keys[i].to(tl.float32))
+            if not SAVE:
+                read = _over_numbers(h * _tall(queries[i].to(tl.float32)))
+                tl.store(y + t * D + i * D + channel, read.to(y.dtype.element_ty), mask=in_d & (i < left))
+    tl.store(_tile(final + own, channel, 1, number, D), h, mask=tile)
 
 
 @triton.jit
@@ -118,68 +168,59 @@ def _backward(
     du,  # [tokens, D] out
     ddt,  # [tokens, D] out
     dA,  # [N, S, D] fp32 out
-    dB,  # [pieces of D, tokens, S] fp32 out
-    dC,  # [pieces of D, tokens, S] fp32 out
+    dB,  # [strips of D, tokens, S] fp32 out
+    dC,  # [strips of D, tokens, S] fp32 out
     dinitial,  # [N, S, D] fp32 out
     T,
-    D,
     tokens,
+    D: tl.constexpr,
     S: tl.constexpr,
     BS: tl.constexpr,
     G: tl.constexpr,
-    BD: tl.constexpr,
     PACKED: tl.constexpr,
 ):
     n = tl.program_id(1)
     begin, end = _span(cu_seqlens, n, T, PACKED)
-    channel, number, token = tl.program_id(0) * BD + tl.arange(0, BD), tl.arange(0, BS), tl.arange(0, G)
+    channel, number = _channels(tl.program_id(0)), _numbers(BS)
     in_d, in_s = channel < D, number < S
-    tile, at = in_s[:, None] & in_d[None, :], number[:, None] * D + channel[None, :]
-    b_A = tl.load(A + channel[None, :] * S + number[:, None], mask=tile, other=0.0)
+    tile = _wide(in_d) & _tall(in_s)
+    rate = tl.load(_tile(A, channel, S, number, 1), mask=tile, other=0.0) * LOG2_E
     own, share = n.to(tl.int64) * S * D, tl.program_id(0).to(tl.int64) * tokens * S
-    later = tl.load(dfinal + own + at, mask=tile, other=0.0)  # dh of the token after the tile
-    sum_A = tl.zeros([BS, BD], tl.float32)
+    later = tl.load(_tile(dfinal + own, channel, 1, number, D), mask=tile, other=0.0)  # a_{t+1} dh_{t+1}
+    sum_A = tl.zeros([PAIR, BS // ALONG, ALONG, ACROSS], tl.float32)
     pieces = tl.cdiv(end - begin, G)
-    start = starts + (begin // G + n + pieces) * S * D + at
+    start = starts + (begin // G + n + pieces - 1) * S * D
     for piece in range(0, pieces):
+        t = begin + (pieces - 1 - piece) * G
+        left = end - t
+        h = tl.load(_tile(start, channel, 1, number, D), mask=tile, other=0.0)
         start -= S * D
-        row = begin + (pieces - 1 - piece) * G + token
-        wide, narrow = (row < end)[:, None] & in_d[None, :], (row < end)[:, None] & in_s[None, :]
-        of_d, of_s = row[:, None] * D + channel[None, :], row[:, None] * S + number[None, :]
-        b_dt = tl.load(dt + of_d, mask=wide, other=0.0).to(tl.float32)
-        b_u = tl.load(u + of_d, mask=wide, other=0.0).to(tl.float32)
-        b_dy = tl.load(dy + of_d, mask=wide, other=0.0).to(tl.float32)
-        b_B = tl.load(B + of_s, mask=narrow, other=0.0).to(tl.float32)
-        dt_u = b_dt * b_u
-        # h of the tile's tokens, again.
-        added = dt_u[:, None, :] * b_B[:, :, None]
-        kept, h = tl.associative_scan((tl.exp(b_dt[:, None, :] * b_A[None]), added), 0, _then)
-        h += kept * tl.load(start, mask=tile, other=0.0)[None]
-        # dh, from the last token to the first: loaded, scanned, and turned round.
-        back = row + G - 1 - 2 * token
-        wide_b, narrow_b = (back < end)[:, None] & in_d[None, :], (back < end)[:, None] & in_s[None, :]
-        back_d, back_s = back[:, None] * D + channel[None, :], back[:, None] * S + number[None, :]
-        next_dt = tl.load(dt + back_d + D, mask=(back + 1 < end)[:, None] & in_d[None, :], other=0.0).to(tl.float32)
-        back_dy = tl.load(dy + back_d, mask=wide_b, other=0.0).to(tl.float32)
-        back_C = tl.load(C + back_s, mask=narrow_b, other=0.0).to(tl.float32)
-        decay = tl.exp(next_dt[:, None, :] * b_A[None])
-        kept, dh = tl.associative_scan((decay, back_C[:, :, None] * back_dy[:, None, :]), 0, _then)
-        dh += kept * later[None]
-        later = tl.sum(tl.where(token[:, None, None] == G - 1, dh, 0.0), 0)
-        dh = tl.flip(dh, 0)
-        tl.store(dC + share + of_s, tl.sum(h * b_dy[:, None, :], 2), mask=narrow)
-        tl.store(dB + share + of_s, tl.sum(dh * dt_u[:, None, :], 2), mask=narrow)
-        d_exponent = dh * (h - added)
-        d_dt_u = tl.sum(dh * b_B[:, :, None], 1)
-        tl.store(du + of_d, (d_dt_u * b_dt).to(du.dtype.element_ty), mask=wide)
-        b_ddt = d_dt_u * b_u + tl.sum(d_exponent * b_A[None], 1)
-        tl.store(ddt + of_d, b_ddt.to(ddt.dtype.element_ty), mask=wide)
-        sum_A += tl.sum(d_exponent * b_dt[:, None, :], 0)
-    tl.store(dA + own + at, sum_A, mask=tile)
-    if end > begin:
-        first_dt = tl.load(dt + begin * D + channel, mask=in_d, other=0.0).to(tl.float32)
-        later *= tl.exp(first_dt[None, :] * b_A)
-    tl.store(dinitial + own + at, later, mask=tile)
+        steps, inputs = _tokens(dt + t * D, D, channel, in_d, left, G), _tokens(u + t * D, D, channel, in_d, left, G)
+        keys, outputs = _tokens(B + t * S, S, number, in_s, left, G), _tokens(dy + t * D, D, channel, in_d, left, G)
+        queries = _tokens(C + t * S, S, number, in_s, left, G)
+        # The states of these tokens again, with the one before them.
+        states, decays = (h,), ()
+        for i in tl.static_range(G):
+            step = steps[i].to(tl.float32)
+            decay = tl.exp2(_wide(step) * rate)
+            h = decay * h + _wide(step * inputs[i].to(tl.float32)) * _tall(keys[i].to(tl.float32))
+            states, decays = states + (h,), decays + (decay,)  # noqa: RUF005
+        # From the last token to the first.
+        for i in tl.static_range(G - 1, -1, -1):
+            step, x, key, out = steps[i].to(tl.float32), inputs[i].to(tl.float32), keys[i].to(tl.float32), outputs[i].to(tl.float32)
+            dh = later + _tall(queries[i].to(tl.float32)) * _wide(out)
+            later = decays[i] * dh
+            d_exponent = later * states[i]
+            at_s, at_d = t * S + i * S + number, t * D + i * D + channel
+            tl.store(dC + share + at_s, _over_channels(states[i + 1] * _wide(out)), mask=in_s & (i < left))
+            tl.store(dB + share + at_s, _over_channels(dh * _wide(step * x)), mask=in_s & (i < left))
+            written = _over_numbers(dh * _tall(key))
+            d_step = written * x + _over_numbers(d_exponent * rate) * LN_2
+            tl.store(du + at_d, (written * step).to(du.dtype.element_ty), mask=in_d & (i < left))
+            tl.store(ddt + at_d, d_step.to(ddt.dtype.element_ty), mask=in_d & (i < left))
+            sum_A += d_exponent * _wide(step)
+    tl.store(_tile(dA + own, channel, 1, number, D), sum_A, mask=tile)
+    tl.store(_tile(dinitial + own, channel, 1, number, D), later, mask=tile)
 
 
 def scan_forward(
@@ -189,23 +230,23 @@ def scan_forward(
 
     u, dt `[B, T, D]`, A `[D, S]` fp32, B, C `[B, T, S]`, initial `[N, S, D]` fp32, all contiguous.
     """
-    y, final, _ = _run_forward(u, dt, A, B, C, initial, cu_seqlens, FORWARD, save=False)
+    y, final, _ = _run_forward(u, dt, A, B, C, initial, cu_seqlens, TOKENS.forward, save=False)
     return y, final
 
 
 def _run_forward(
-    u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, initial: Tensor | None, cu_seqlens: Tensor | None, tile: Tile, *, save: bool
+    u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, initial: Tensor | None, cu_seqlens: Tensor | None, tokens: int, *, save: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Also, with `save`, the states before every tile `[tokens // G + N, S, D]`."""
     (batch, T, D), S = u.shape, A.shape[1]
     N = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
     y, final = torch.empty_like(u), torch.empty(N, S, D, dtype=torch.float32, device=u.device)
-    starts = final.new_empty(batch * T // tile.tokens + N if save else 0, S, D)
+    starts = final.new_empty(batch * T // tokens + N if save else 0, S, D)
     if N:
         with torch.cuda.device_of(u):
-            _forward[(triton.cdiv(D, tile.channels), N)](
-                u, dt, A, B, C, initial, cu_seqlens, y, final, starts, T, D, S=S, BS=triton.next_power_of_2(S), G=tile.tokens,
-                BD=tile.channels, PACKED=cu_seqlens is not None, INITIAL=initial is not None, SAVE=save, num_warps=tile.warps, num_stages=1,
+            _forward[(triton.cdiv(D, STRIP.value), N)](
+                u, dt, A, B, C, initial, cu_seqlens, y, final, starts, T, D=D, S=S, BS=_padded(S), G=tokens,
+                PACKED=cu_seqlens is not None, INITIAL=initial is not None, SAVE=save, num_warps=1, num_stages=1,
             )  # fmt: skip
     return y, final, starts
 
@@ -222,16 +263,19 @@ def scan_backward(
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """du, ddt, dA, dB, dC and the gradient of the initial states, each in the dtype of its tensor; dy and dfinal are contiguous."""
-    (batch, T, D), S, N, tile = u.shape, A.shape[1], dfinal.shape[0], BACKWARD
-    *_, starts = _run_forward(u, dt, A, B, C, initial, cu_seqlens, STARTS, save=True)
-    pieces, fp32 = triton.cdiv(D, tile.channels), dict(dtype=torch.float32, device=u.device)
+    (batch, T, D), S, N = u.shape, A.shape[1], dfinal.shape[0]
+    *_, starts = _run_forward(u, dt, A, B, C, initial, cu_seqlens, TOKENS.backward, save=True)
+    strips, fp32 = triton.cdiv(D, STRIP.value), dict(dtype=torch.float32, device=u.device)
     du, ddt, dinitial = torch.empty_like(u), torch.empty_like(dt), torch.empty(N, S, D, **fp32)
-    dA, dB, dC = torch.empty(N, S, D, **fp32), *(torch.empty(pieces, batch, T, S, **fp32) for _ in "BC")
+    dA, dB, dC = torch.empty(N, S, D, **fp32), *(torch.empty(strips, batch, T, S, **fp32) for _ in "BC")
     if N:
         with torch.cuda.device_of(u):
-            _backward[(pieces, N)](
-                u, dt, A, B, C, starts, cu_seqlens, dy, dfinal, du, ddt, dA, dB, dC, dinitial, T, D, batch * T,
-                S=S, BS=triton.next_power_of_2(S), G=tile.tokens, BD=tile.channels, PACKED=cu_seqlens is not None,
-                num_warps=tile.warps, num_stages=1,
+            _backward[(strips, N)](
+                u, dt, A, B, C, starts, cu_seqlens, dy, dfinal, du, ddt, dA, dB, dC, dinitial, T, batch * T, D=D,
+                S=S, BS=_padded(S), G=TOKENS.backward, PACKED=cu_seqlens is not None, num_warps=1, num_stages=1,
             )  # fmt: skip
     return du, ddt, dA.sum(0).mT.contiguous(), dB.sum(0).to(B.dtype), dC.sum(0).to(C.dtype), dinitial
+
+
+def _padded(S: int) -> int:
+    return max(ALONG.value, triton.next_power_of_2(S))
