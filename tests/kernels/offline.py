@@ -145,6 +145,8 @@ def calls(row: str):
     g = torch.zeros(B, T, HV) if rule == "gated" else None
     cu_seqlens = torch.tensor([0, 70, 130], dtype=torch.int32) if rule == "gated" else None
     state = torch.zeros(2 if rule == "gated" else 1, HV, D, D)
+    if algorithm == "scan":
+        return [lambda: scan(dtype, int(dim))]
     if algorithm == "decode":
         return [lambda: decode_step(q[:, :1], k[:, :1], v[:, :1], beta[:, :1], None if g is None else g[:, :1], 1.0, state[:1], inplace=True)]
     home = {"chunk": chunk, "recurrent": recurrent}[algorithm]
@@ -156,6 +158,18 @@ def calls(row: str):
         backward(torch.zeros_like(o), final, q, k, v, beta, g, 1.0, initial, cu_seqlens, saved)
 
     return [lambda: both("states", True), lambda: both("lean", False)]
+
+
+def scan(dtype, S: int) -> None:
+    """Mamba's scan with S numbers a channel, packed, forward and backward."""
+    import torch
+
+    from deltanet.kernels.triton import selective_scan
+
+    u, dt, A, B = torch.zeros(1, 64, 48, dtype=dtype), torch.zeros(1, 64, 48), torch.zeros(48, S), torch.zeros(1, 64, S, dtype=dtype)
+    inputs = (u, dt, A, B, B, None, torch.tensor([0, 40, 64], dtype=torch.int32))
+    y, final = selective_scan.scan_forward(*inputs)
+    selective_scan.scan_backward(y, final, *inputs)
 
 
 def hopper_forward_calls(D: int, *, gated: bool):

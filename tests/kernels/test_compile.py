@@ -29,6 +29,7 @@ SPILLS: dict[tuple[int, str], dict[str, int]] = {
     (90, "chunk-4-64"): {"transform": 328, "forward": 3276, "state_gradient": 2692, "gradients": 6164},
     (90, "chunk-4-128"): {"transform": 364, "forward": 6808, "state_gradient": 6448, "gradients": 6220},
     (90, "chunk-4-256"): {"transform": 364, "forward": 17024, "state_gradient": 11328, "gradients": 6220},
+    (90, "scan-2-16"): {"_backward": 88},
     (80, "chunk-2-64"): {"gradients": 1600},
     (80, "chunk-2-128"): {"forward": 104, "state_gradient": 240, "gradients": 1552},
     (80, "chunk-2-256"): {"forward": 400, "gradients": 1696},
@@ -42,7 +43,10 @@ SPILLS: dict[tuple[int, str], dict[str, int]] = {
 SERIALISED = {(90, "chunk-2-256"), (90, "chunk-4-128"), (90, "chunk-4-256")}
 
 # Each configuration is reached by its gated row; plain rows are light, as their transform has the same configuration.
-FAST = {90: ["chunk-2-128-gated", "chunk-2-128-plain-light", "recurrent-2-128-gated", "decode-2-128-gated"], 80: ["chunk-2-128-gated-light"]}
+FAST = {
+    90: ["chunk-2-128-gated", "chunk-2-128-plain-light", "recurrent-2-128-gated", "decode-2-128-gated", "scan-2-16-packed"],
+    80: ["chunk-2-128-gated-light"],
+}
 
 
 def rows() -> list[str]:
@@ -57,9 +61,10 @@ SLOW = [(capability, row) for capability in (90, 80) for row in rows() if row no
 
 def check(kernels: list[Compiled], row: str, capability: int) -> None:
     """Every kernel of a row is there, and none has a problem."""
-    algorithm, size, dim, *rule = row.split("-")
+    algorithm, size, dim, *rule = row.split("-")  # of the scan, the numbers that a channel keeps
     expected = {
         "decode": {"decode"},
+        "scan": {"_forward", "_backward"},
         "recurrent": {"forward", "errors_backward", "keys_descending", "keys_ascending"},
         "chunk": {"forward", "state_gradient", "gradients"} | (set() if "light" in rule else {"transform"}),
     }[algorithm]
@@ -74,7 +79,7 @@ def check(kernels: list[Compiled], row: str, capability: int) -> None:
 
 
 def test_the_rows_are_those_of_the_tables() -> None:
-    assert {row for fast in FAST.values() for row in fast} <= {*rows(), "chunk-2-128-gated-light"}
+    assert {row for fast in FAST.values() for row in fast} <= {*rows(), "chunk-2-128-gated-light", "scan-2-16-packed"}
     for table in (*launch.RECURRENT.values(), launch.DECODE):
         assert {(size, dim) for size in (2, 4) for dim in (16, 32, 64, 128, 256)} == set(table)
 
@@ -87,6 +92,8 @@ def test_head_dimension_128(capability: int) -> None:
     for kernel in kernels:  # a layout that spreads the summed dimension over lanes is right, and several times slower: it shows as shuffles
         if kernel.row.startswith("recurrent"):
             assert kernel.shuffles <= 60, (kernel.kernel, kernel.shuffles)
+        if kernel.row.startswith("scan"):
+            assert kernel.shuffles <= {"_forward": 48, "_backward": 288}[kernel.kernel], (kernel.kernel, kernel.shuffles)
 
 
 @pytest.fixture

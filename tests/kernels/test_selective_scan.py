@@ -1,7 +1,7 @@
 """The fused selective scan against its definition in fp64, with autograd's gradients. In the interpreter, or on a GPU if there is one.
 
-Faults injected when this file was written, each of which failed here: next_dt replaced by dt; `added` left in d(dt A); the state at the end
-taken one token early; starts of packed sequences without their own place; the first decay left out of the initial state's gradient.
+Faults injected when the kernels were written, each of which failed here: the state after a token in d(dt A); that before it in dC; what lies
+beyond the end not masked; starts of packed sequences without their own place; the first decay left out of the initial state's gradient.
 """
 
 import pytest
@@ -14,10 +14,11 @@ pytest.importorskip("triton")
 from deltanet.ops.selective_scan import fused_selective_scan, refuse_scan
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# T, D and S: no multiple of a tile's 16 tokens and 32 channels, or exactly one; the lengths of packed sequences
+# T, D and S: no multiple of the 8 tokens and 16 channels that a program takes at once, or exactly two; the lengths of packed sequences
 SHAPES = {
     "odd": dict(B=2, T=19, D=33, S=3),
-    "one tile": dict(B=1, T=16, D=32, S=4),
+    "whole": dict(B=1, T=16, D=32, S=4),
+    "many numbers": dict(B=1, T=9, D=17, S=20),
     "one token": dict(B=2, T=1, D=8, S=5),
     "packed": dict(D=6, S=2, lengths=[0, 3, 16, 0, 33, 1, 0]),
     "no token": dict(B=2, T=0, D=8, S=4),

@@ -177,15 +177,19 @@ def test_compiled_blocks_give_what_others_give_on_a_gpu(model: str) -> None:
     windows = ShuffledWindows(tokenize(["a document", "and another one"] * 40, ByteTokenizer()), 64, batch_size=4)
     batch = windows.batch_at(0, 4).packed().to("cuda")
     losses, gradients = [], []
-    for compiled in (False, True):
+    for half, compiled in ((False, False), (True, False), (True, True)):
         torch.manual_seed(0)
         one = LanguageModel(preset("nano", 257, model=model)).cuda()
         if compiled:
             one.compile_blocks()
-        losses.append(forward_backward(one, [batch], torch.autocast("cuda", torch.bfloat16)).item())
+        losses.append(forward_backward(one, [batch], torch.autocast("cuda", torch.bfloat16) if half else None).item())
         gradients.append(torch.cat([p.grad.flatten() for p in one.parameters()]))
-    assert losses[1] == pytest.approx(losses[0], rel=2e-3)
-    assert (gradients[1] - gradients[0]).norm() < 3e-2 * gradients[0].norm()
+    exact = gradients[0]
+    plain, compiled = (((gradient - exact).norm() / exact.norm()).item() for gradient in gradients[1:])
+    print(model, losses, plain, compiled)
+    assert losses[1:] == pytest.approx([losses[0]] * 2, rel=2e-3)
+    assert plain < 0.1  # two pipelines in bf16, each rounding at other places: as near to fp32 as each other
+    assert compiled < 1.25 * plain
 
 
 @pytest.mark.gpu

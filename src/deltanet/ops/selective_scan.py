@@ -9,7 +9,7 @@ __all__ = ["fused_selective_scan", "refuse_scan"]
 
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-MOST_NUMBERS = 32  # of a channel: a tile [16, S, 32] of more would not fit into registers
+MOST_NUMBERS = 32  # of a channel: the states of a few tokens must fit into the registers of one warp
 _MISSING = kernels.missing()  # found out once, and not under a compiler's eyes
 
 

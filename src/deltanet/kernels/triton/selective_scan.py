@@ -38,7 +38,8 @@ class Tokens:
     backward: int
 
 
-TOKENS = Tokens(forward=8, backward=4)
+# By numbers of a channel, up to so many. More tokens in the backward write and read fewer states, until registers run out.
+TOKENS = {16: Tokens(forward=8, backward=8), 32: Tokens(forward=8, backward=4)}
 
 
 @triton.jit
@@ -230,14 +231,14 @@ def scan_forward(
 
     u, dt `[B, T, D]`, A `[D, S]` fp32, B, C `[B, T, S]`, initial `[N, S, D]` fp32, all contiguous.
     """
-    y, final, _ = _run_forward(u, dt, A, B, C, initial, cu_seqlens, TOKENS.forward, save=False)
+    y, final, _ = _run_forward(u, dt, A, B, C, initial, cu_seqlens, _tokens_at_once(A).forward, save=False)
     return y, final
 
 
 def _run_forward(
     u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, initial: Tensor | None, cu_seqlens: Tensor | None, tokens: int, *, save: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Also, with `save`, the states before every tile `[tokens // G + N, S, D]`."""
+    """Also, with `save`, the states before every so many `tokens`: `[batch * T // tokens + N, S, D]`."""
     (batch, T, D), S = u.shape, A.shape[1]
     N = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
     y, final = torch.empty_like(u), torch.empty(N, S, D, dtype=torch.float32, device=u.device)
@@ -263,8 +264,8 @@ def scan_backward(
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """du, ddt, dA, dB, dC and the gradient of the initial states, each in the dtype of its tensor; dy and dfinal are contiguous."""
-    (batch, T, D), S, N = u.shape, A.shape[1], dfinal.shape[0]
-    *_, starts = _run_forward(u, dt, A, B, C, initial, cu_seqlens, TOKENS.backward, save=True)
+    (batch, T, D), S, N, tokens = u.shape, A.shape[1], dfinal.shape[0], _tokens_at_once(A).backward
+    *_, starts = _run_forward(u, dt, A, B, C, initial, cu_seqlens, tokens, save=True)
     strips, fp32 = triton.cdiv(D, STRIP.value), dict(dtype=torch.float32, device=u.device)
     du, ddt, dinitial = torch.empty_like(u), torch.empty_like(dt), torch.empty(N, S, D, **fp32)
     dA, dB, dC = torch.empty(N, S, D, **fp32), *(torch.empty(strips, batch, T, S, **fp32) for _ in "BC")
@@ -272,10 +273,15 @@ def scan_backward(
         with torch.cuda.device_of(u):
             _backward[(strips, N)](
                 u, dt, A, B, C, starts, cu_seqlens, dy, dfinal, du, ddt, dA, dB, dC, dinitial, T, batch * T, D=D,
-                S=S, BS=_padded(S), G=TOKENS.backward, PACKED=cu_seqlens is not None, num_warps=1, num_stages=1,
+                S=S, BS=_padded(S), G=tokens, PACKED=cu_seqlens is not None, num_warps=1, num_stages=1,
             )  # fmt: skip
     return du, ddt, dA.sum(0).mT.contiguous(), dB.sum(0).to(B.dtype), dC.sum(0).to(C.dtype), dinitial
 
 
+def _tokens_at_once(A: Tensor) -> Tokens:
+    return TOKENS[16 if A.shape[1] <= 16 else 32]
+
+
 def _padded(S: int) -> int:
+    """A lane's share of the numbers is a power of two."""
     return max(ALONG.value, triton.next_power_of_2(S))
