@@ -19,6 +19,7 @@ from deltanet.training.suites.model import SuiteModelConfig
 from deltanet.training.suites.suite import Grid, Suite, with_overrides
 from deltanet.training.suites.tables import Row
 
+BETWEEN = 25  # steps between two evaluations, at least: with few examples an epoch is shorter than an evaluation
 TASKS = {f"{one.task.name}.{one.name}": one for one in CONFIGURATIONS}
 
 
@@ -54,8 +55,9 @@ class MADSuite(Suite):
         one = TASKS[task]
         heads = grid.heads or (16 if model == "attention" else 2)
         recipe = Recipe(
-            train_examples=one.train_examples, batch_size=128, epochs=200, final_rate=1e-6, stop_above=0.999
-        )
+            train_examples=one.train_examples, batch_size=128, epochs=200, final_rate=1e-6, stop_above=0.999,
+            evaluate_every=-(-BETWEEN * 128 // one.train_examples),
+        )  # fmt: skip
         return Cell(
             suite=self.name, task=task, model=model, learning_rate=rate, weight_decay=decay, seed=seed,
             train=one.task,
