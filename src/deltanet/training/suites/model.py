@@ -2,7 +2,8 @@
 
     x = dropout(embed(tokens) [+ position]);   x <- x + mixer(norm(x));   [x <- x + feed_forward(norm(x));]   logits = head(norm(x))
 
-Unlike `LanguageModel` they follow the protocols of others: MQAR's has LayerNorm and no feed-forward layers (HazyResearch/zoology), MAD's is
+Unlike `LanguageModel` they follow the protocols of others: MQAR's has LayerNorm and for feed-forward layers the identity (HazyResearch/zoology:
+x <- x + norm(x), which brings the small embeddings to unit size at once), MAD's is
 RMSNorm and SwiGLU, for compression with a decoder that reads one position (athms/mad-lab), RegBench's has a plain feed-forward layer of
 four times the width (berlino/seq_icl).
 """
@@ -20,7 +21,7 @@ from deltanet.models.language_model import MixerConfig, check_fits, init_weights
 __all__ = ["SuiteModel", "SuiteModelConfig"]
 
 NORMS = ("layer", "rms")
-FEED_FORWARDS = ("none", "swiglu", "gelu")
+FEED_FORWARDS = ("none", "identity", "swiglu", "gelu")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +39,7 @@ class SuiteModelConfig:
     norm: str = "rms"
     """Before each half of a block and at the end: layer (LayerNorm) or rms (RMSNorm)."""
     feed_forward: str = "none"
-    """The other half of a block: none, swiglu, or gelu (two matrices)."""
+    """The other half of a block: none, identity (the normalised stream itself), swiglu, or gelu (two matrices)."""
     feed_forward_width: int | None = None
     """Its hidden width; 8/3 (swiglu) or 4 (gelu) times d_model if not given."""
     tie_embeddings: bool = False
@@ -69,6 +70,8 @@ def _norm(config: SuiteModelConfig) -> nn.Module:
 
 
 def _feed_forward(config: SuiteModelConfig) -> nn.Module:
+    if config.feed_forward == "identity":
+        return nn.Identity()
     if config.feed_forward == "swiglu":
         return FeedForward(config.d_model, config.feed_forward_width)
     width = config.feed_forward_width or 4 * config.d_model
@@ -86,7 +89,10 @@ class _Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.mixer(_narrow(self.mixer_norm(x)))[0]
-        return x + self.feed_forward(_narrow(self.feed_forward_norm(x))) if self.has_feed_forward else x
+        if not self.has_feed_forward:
+            return x
+        h = self.feed_forward_norm(x)
+        return x + (h if isinstance(self.feed_forward, nn.Identity) else self.feed_forward(_narrow(h)))
 
 
 def _narrow(x: Tensor) -> Tensor:

@@ -1,9 +1,10 @@
 """MQAR as in the paper's figure 4: accuracy at 512 tokens and 64 pairs against the model's width (Yang et al. 2024, arXiv 2406.06484).
 
-The protocol is that of Arora et al. 2023 (arXiv 2312.04927, figure 2, HazyResearch/zoology): two layers of LayerNorm and mixer alone, no
-feed-forward, tied embeddings with dropout 0.1, positions learned by attention alone, 100,000 examples in the same order in each of up
-to 64 epochs, four learning rates of which the best counts, done above 99%. DeltaNet has four layers and two heads, as in the set-up of the
-paper's second author (berlino/seq-test, zoology/experiments/mqar/delta.py).
+The protocol is that of Arora et al. 2023 (arXiv 2312.04927, figure 2, HazyResearch/zoology): LayerNorm, mixer, and for a feed-forward layer
+the identity (x <- x + norm(x)), tied embeddings with dropout 0.1, 100,000 examples in the same order in each of up to 64 epochs, four learning
+rates of which the best counts, done above 99%. Attention has two layers of one head and learns positions; the others have four layers, two heads
+and no positions; Mamba's blocks are its own, RMSNorm and mixer, without dropout. So does the set-up of the paper's second author
+(berlino/seq-test, zoology/experiments/mqar), which has DeltaNet, GLA and attention.
 """
 
 import re
@@ -14,7 +15,7 @@ from pathlib import Path
 from deltanet.data.synthetic import MQAR
 from deltanet.data.synthetic.paper import MQAR as PAPER
 from deltanet.evaluation.suite_plots import plot_curves
-from deltanet.layers import AttentionConfig
+from deltanet.layers import AttentionConfig, MambaConfig
 from deltanet.training.suites.cell import Cell, Recipe, Test
 from deltanet.training.suites.mixers import mixer
 from deltanet.training.suites.model import SuiteModelConfig
@@ -55,9 +56,8 @@ class MQARSuite(Suite):
     def cell(self, grid: Grid, task: str, model: str, width: int, rate: float, decay: float, seed: int) -> Cell:
         length, pairs, vocabulary, writes = _setting(task)
         train = MQAR(length=length, pairs=pairs, vocab_size=vocabulary, writes=writes)
-        heads, depth = grid.heads or 2, grid.depth or (4 if model.startswith("deltanet") else 2)
-        layer = mixer(model, heads)
-        learned = isinstance(layer, AttentionConfig)
+        layer = mixer(model, grid.heads or (1 if model == "attention" else 2))
+        attends, own = isinstance(layer, AttentionConfig), isinstance(layer, MambaConfig)
         if isinstance(layer, AttentionConfig):
             layer = replace(layer, rotary=False)
         recipe = Recipe(
@@ -72,8 +72,9 @@ class MQARSuite(Suite):
             train=train,
             tests={"test": Test(task=train, split="test", examples=grid.test_examples or 3000)},
             config=SuiteModelConfig(
-                vocab_size=train.vocab_size, d_model=width, depth=depth, mixer=layer, norm="layer", tie_embeddings=True,
-                dropout=0.1, positions=length if learned else 0,
+                vocab_size=train.vocab_size, d_model=width, depth=grid.depth or (2 if attends else 4), mixer=layer,
+                norm="rms" if own else "layer", feed_forward="none" if own else "identity", tie_embeddings=True,
+                dropout=0.0 if own else 0.1, positions=length if attends else 0,
             ),
             recipe=with_overrides(recipe, grid),
         )  # fmt: skip
