@@ -1,10 +1,18 @@
 """The standing matrix: inputs of every kind against fp64, each error at most 1.3 times that of the emulated pipeline (fp16: 1.6) on the same inputs.
 
 All combinations would be 16,128; a fixed sample of them meets every pair of values several times. In the interpreter a few of them run in fp16.
+The Hopper family runs the cells that it takes, with as many heads as its backward wants before it is chosen.
+
+On a GPU nearly all of the time is compilation. As a script this file compiles one part of what the cells need into Triton's cache:
+
+    for i in $(seq 0 15); do PYTHONPATH=src:tests python tests/kernels/test_matrix.py $i 16 & done; wait
+    python -m pytest -n 16 tests/kernels/test_matrix.py
 """
 
 import itertools
 import random
+import sys
+from importlib import import_module
 
 import pytest
 import torch
@@ -14,11 +22,12 @@ pytest.importorskip("triton")
 
 from kernels.emulation import emulate
 
-from deltanet.kernels.triton import chunk
+from deltanet.kernels import hopper
 from deltanet.reference import chunkwise
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
+HEADS = {"triton": 2, "hopper": 16}  # below 32 programs, heads of all sequences, the Hopper family runs the portable backward
 AXES = {
     "dtype": ("bfloat16", "float16"),
     "D": (64, 128, 256),
@@ -43,10 +52,10 @@ def sample(count: int, seed: int = 0) -> list[dict]:
     return cells
 
 
-def run(cell: dict, D: int | None = None, T: int | None = None) -> dict[str, tuple[float, float]]:
-    """(error of the kernels, error of the emulation), each by the name of the tensor."""
+def make(cell: dict, heads: int, device: str, D: int | None = None, T: int | None = None) -> tuple:
+    """q, k, v, beta, g, scale, initial state, cu_seqlens, do, and the gradient of the final state."""
     gen = torch.Generator().manual_seed(1)
-    dtype, D, T, H = getattr(torch, cell["dtype"]), D or cell["D"], T or cell["T"], 2
+    dtype, D, T, H = getattr(torch, cell["dtype"]), D or cell["D"], T or cell["T"], heads
 
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=gen)
@@ -61,28 +70,34 @@ def run(cell: dict, D: int | None = None, T: int | None = None) -> dict[str, tup
     g = {"none": None, "0": torch.zeros(tokens, H), "mild": -0.1 * torch.rand(tokens, H, generator=gen),
          "strong": -20 * torch.rand(tokens, H, generator=gen)}[cell["gate"]]  # fmt: skip
     halves = (F.normalize(normal(tokens, H, D), dim=-1), F.normalize(k, dim=-1), normal(tokens, H, D), beta, normal(tokens, H, D))
-    q, k, v, beta, do = (x.to(DEVICE, dtype) for x in halves)
-    g = None if g is None else g.to(DEVICE)
-    N, scale = len(lengths), D**-0.5
-    state = normal(N, H, D, D).to(DEVICE) if cell["state"] in ("initial", "both") else None
-    dstate = normal(N, H, D, D).to(DEVICE) if cell["state"] in ("final", "both") else None
-    expected = emulate(q, k, v, beta, g, scale, state, lengths, do, dstate)
+    q, k, v, beta, do = (x.to(device, dtype) for x in halves)
+    N = len(lengths)
+    state = normal(N, H, D, D).to(device) if cell["state"] in ("initial", "both") else None
+    dstate = normal(N, H, D, D).to(device) if cell["state"] in ("final", "both") else None
+    rows = cell["packed"] == "rows"
+    cu = None if rows else torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32)
+    shape = (N, T) if rows else (1, tokens)
+    q, k, v, beta, g, do = (None if x is None else x.to(device).unflatten(0, shape).contiguous() for x in (q, k, v, beta, g, do))
+    return q, k, v, beta, g, D**-0.5, state, cu, do, dstate
 
-    if cell["packed"] == "rows":
-        cu, shape = None, (N, T)
-    else:
-        cu, shape = torch.tensor([0, *lengths]).cumsum(0).to(DEVICE, torch.int32), (1, tokens)
-    q, k, v, beta, g, do = (None if x is None else x.unflatten(0, shape).contiguous() for x in (q, k, v, beta, g, do))
-    names = ("dq", "dk", "dv", "dbeta", "dg", "dstate")
 
-    def both(forward, backward, *given, final_gradient):
-        o, final, kept = forward(*given[:-1], output_final_state=True, save="states")
-        return dict(zip(("o", "final", *names), (o, final, *backward(given[-1], final_gradient, *given[:-1], kept)), strict=True))
+def both(home, q, k, v, beta, g, scale, state, cu, do, dstate) -> dict[str, torch.Tensor | None]:
+    """o, final state and every gradient, by the forward and backward of a family or of the reference."""
+    forward, backward = (getattr(home, f"{'chunk_' if hasattr(home, 'chunk_forward') else ''}{way}") for way in ("forward", "backward"))
+    given = (q, k, v, beta, g, scale, state, cu)
+    o, final, kept = forward(*given, output_final_state=True, save="states")
+    return dict(zip(("o", "final", "dq", "dk", "dv", "dbeta", "dg", "dstate"), (o, final, *backward(do, dstate, *given, kept)), strict=True))
 
-    given = (q, k, v, beta, g, scale, state, cu, do)
-    found = both(chunk.chunk_forward, chunk.chunk_backward, *given, final_gradient=dstate)
-    wide = [x.double() if isinstance(x, torch.Tensor) and x is not cu else x for x in given]
-    exact = both(chunkwise.forward, chunkwise.backward, *wide, final_gradient=None if dstate is None else dstate.double())
+
+def run(cell: dict, family: str = "triton", D: int | None = None, T: int | None = None) -> dict[str, tuple[float, float]]:
+    """(error of the kernels, error of the emulation), each by the name of the tensor."""
+    given = make(cell, HEADS[family], DEVICE, D, T)
+    q, k, v, beta, g, scale, state, cu, do, dstate = given
+    found = both(import_module(f"deltanet.kernels.{family}"), *given)
+    lengths = [q.shape[1]] * q.shape[0] if cu is None else cu.diff().tolist()
+    flat = (None if x is None else x.flatten(0, 1) for x in (q, k, v, beta, g))
+    expected = emulate(*flat, scale, state, lengths, do.flatten(0, 1), dstate)
+    exact = both(chunkwise, *(x.double() if isinstance(x, torch.Tensor) and x is not cu else x for x in given))
     errors = {}
     for name, x in exact.items():
         if x is not None:
@@ -110,6 +125,14 @@ def test_cell(number: int) -> None:
     check(run(cell), cell)
 
 
+@pytest.mark.gpu
+@pytest.mark.hopper
+@pytest.mark.parametrize("number", [i for i, cell in enumerate(sample(192)) if cell["D"] in hopper.DIMS])
+def test_cell_on_hopper(number: int) -> None:
+    cell = sample(192)[number]
+    check(run(cell, "hopper"), cell)
+
+
 @pytest.mark.skipif(ON_GPU, reason="the matrix itself runs here")
 @pytest.mark.parametrize("number", [0, 3, 5, 7, 11, 13])
 def test_cell_in_the_interpreter(number: int) -> None:
@@ -122,3 +145,30 @@ def test_the_sample_meets_every_pair() -> None:
     for one, other in itertools.combinations(AXES, 2):
         met = {(cell[one], cell[other]) for cell in cells}
         assert met == set(itertools.product(AXES[one], AXES[other])), (one, other)
+
+
+def compile_part(part: int, parts: int, families: list[str]) -> int:
+    """Compile every `parts`-th of the kernels that the cells launch; how many."""
+    from deltanet.kernels.triton import compiled
+
+    work: dict[tuple, tuple] = {}
+    for family in families:
+        home = import_module(f"deltanet.kernels.{family}")
+        import_module(f"deltanet.kernels.{family}.chunk")._compile_once = lambda *_: None
+        for cell in sample(192):
+            if family == "hopper" and cell["D"] not in hopper.DIMS:
+                continue
+            compiled._thread.recorded = recorded = []
+            both(home, *make(cell, HEADS[family], DEVICE))
+            compiled._thread.recorded = None
+            for fn, grid, args, constants, config in recorded:
+                kinds = tuple(str(x.dtype) if isinstance(x, torch.Tensor) else type(x) for x in args)
+                work.setdefault((fn.__name__, fn.__module__, tuple(sorted(constants.items())), config, kinds), (fn, grid, args, constants, config))
+    mine = list(work.values())[part::parts]
+    for one in mine:
+        compiled._compile(one)
+    return len(mine)
+
+
+if __name__ == "__main__":
+    print(compile_part(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3:] or list(HEADS)), "compiled")

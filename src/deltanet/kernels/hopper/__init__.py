@@ -5,8 +5,9 @@ GPU it refuses, and `auto` goes on to that family. Triton is imported when an op
 """
 
 from functools import cache
-from importlib import metadata, util
+from importlib import import_module, metadata, util
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from deltanet.kernels import triton
@@ -78,6 +79,10 @@ def __getattr__(name: str) -> Any:
         return getattr(triton, name)
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib import import_module
+    return getattr(_home(_HOMES[name]), name)
 
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+@cache
+def _home(module: str) -> ModuleType:
+    """A module of this family, looked up once: a call is too short to ask importlib each time."""
+    return import_module(f"{__name__}.{module}")

@@ -6,6 +6,7 @@ Triton is imported when an operator runs, never before: on a machine without it 
 import sys
 from functools import cache
 from importlib import import_module, metadata, util
+from types import ModuleType
 from typing import Any
 
 from deltanet.kernels.launch import Problem
@@ -88,4 +89,10 @@ _HOMES = {
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return getattr(_home(_HOMES[name]), name)
+
+
+@cache
+def _home(module: str) -> ModuleType:
+    """A module of this family, looked up once: a call is too short to ask importlib each time."""
+    return import_module(f"{__name__}.{module}")

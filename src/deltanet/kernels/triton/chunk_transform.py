@@ -83,10 +83,9 @@ def store(X, X_low, i: tl.constexpr, j: tl.constexpr, x, rows, REST: tl.constexp
 
 @triton.jit
 def solve_64(
-    X, X_low, L00, L10, L11, L20, L21, L22, L30, L31, L32, L33, r0, r1, r2, r3, c0, c1, c2, c3, rows,
-    REST: tl.constexpr, LOW: tl.constexpr, TILE: tl.constexpr, HV: tl.constexpr, PRECISE: tl.constexpr,
+    L00, L10, L11, L20, L21, L22, L30, L31, L32, L33, r0, r1, r2, r3, c0, c1, c2, c3, rows, PRECISE: tl.constexpr,
 ):  # fmt: skip
-    """Solve and write a chunk from the blocks of L and the betas of each block of rows, as columns (r) and as rows (c)."""
+    """Blocks of X of a chunk from those of L and the betas of each block of rows, as columns (r) and as rows (c)."""
     zero = tl.zeros([16, 16], tl.float32)
     X00 = solve_16(L00, r0, c0, PRECISE)
     X11 = solve_16(L11, r1, c1, PRECISE)
@@ -110,19 +109,7 @@ def solve_64(
         X21 = product(-X22 * c2, L21, L21, PRECISE)
         X30 = product(-X33 * c3, L30, product(-X32 * c2, L20, L30, PRECISE), PRECISE)
         X31 = product(-X33 * c3, L31, product(-X32 * c2, L21, L31, PRECISE), PRECISE)
-
-    store(X, X_low, 0, 0, X00, rows, REST, LOW, TILE, HV)
-    store(X, X_low, 0, 1, zero, rows, REST, LOW, TILE, HV)
-    store(X, X_low, 1, 0, X10, rows, REST, LOW, TILE, HV)
-    store(X, X_low, 1, 1, X11, rows, REST, LOW, TILE, HV)
-    store(X, X_low, 2, 0, X20, rows, REST, LOW, TILE, HV)
-    store(X, X_low, 2, 1, X21, rows, REST, LOW, TILE, HV)
-    store(X, X_low, 2, 2, X22, rows, REST, LOW, TILE, HV)
-    store(X, X_low, 2, 3, zero, rows, REST, LOW, TILE, HV)
-    store(X, X_low, 3, 0, X30, rows, REST, LOW, TILE, HV)
-    store(X, X_low, 3, 1, X31, rows, REST, LOW, TILE, HV)
-    store(X, X_low, 3, 2, X32, rows, REST, LOW, TILE, HV)
-    store(X, X_low, 3, 3, X33, rows, REST, LOW, TILE, HV)
+    return X00, X10, X11, X20, X21, X22, X30, X31, X32, X33
 
 
 @triton.jit(do_not_specialize=["T", "N", "steps", "tokens"])
@@ -219,14 +206,26 @@ def transform(
     X_low += (first * HV + head) * LOW if LOW else along * 48
     largest = tl.max(tl.maximum(tl.maximum(c0, c1), tl.maximum(c2, c3)))
     if ALWAYS_PRECISE:  # noqa: SIM114 (the next branch is taken at run time)
-        solve_64(
-            X, X_low, L00, L10, L11, L20, L21, L22, L30, L31, L32, L33, r0, r1, r2, r3, c0, c1, c2, c3, rows, REST, LOW, TILE, HV, True
-        )  # fmt: skip
+        X00, X10, X11, X20, X21, X22, X30, X31, X32, X33 = solve_64(
+            L00, L10, L11, L20, L21, L22, L30, L31, L32, L33, r0, r1, r2, r3, c0, c1, c2, c3, rows, True
+        )
     elif largest > 1.0:
-        solve_64(
-            X, X_low, L00, L10, L11, L20, L21, L22, L30, L31, L32, L33, r0, r1, r2, r3, c0, c1, c2, c3, rows, REST, LOW, TILE, HV, True
-        )  # fmt: skip
+        X00, X10, X11, X20, X21, X22, X30, X31, X32, X33 = solve_64(
+            L00, L10, L11, L20, L21, L22, L30, L31, L32, L33, r0, r1, r2, r3, c0, c1, c2, c3, rows, True
+        )
     else:
-        solve_64(
-            X, X_low, L00, L10, L11, L20, L21, L22, L30, L31, L32, L33, r0, r1, r2, r3, c0, c1, c2, c3, rows, REST, LOW, TILE, HV, False
-        )  # fmt: skip
+        X00, X10, X11, X20, X21, X22, X30, X31, X32, X33 = solve_64(
+            L00, L10, L11, L20, L21, L22, L30, L31, L32, L33, r0, r1, r2, r3, c0, c1, c2, c3, rows, False
+        )
+    store(X, X_low, 0, 0, X00, rows, REST, LOW, TILE, HV)
+    store(X, X_low, 0, 1, zero, rows, REST, LOW, TILE, HV)
+    store(X, X_low, 1, 0, X10, rows, REST, LOW, TILE, HV)
+    store(X, X_low, 1, 1, X11, rows, REST, LOW, TILE, HV)
+    store(X, X_low, 2, 0, X20, rows, REST, LOW, TILE, HV)
+    store(X, X_low, 2, 1, X21, rows, REST, LOW, TILE, HV)
+    store(X, X_low, 2, 2, X22, rows, REST, LOW, TILE, HV)
+    store(X, X_low, 2, 3, zero, rows, REST, LOW, TILE, HV)
+    store(X, X_low, 3, 0, X30, rows, REST, LOW, TILE, HV)
+    store(X, X_low, 3, 1, X31, rows, REST, LOW, TILE, HV)
+    store(X, X_low, 3, 2, X32, rows, REST, LOW, TILE, HV)
+    store(X, X_low, 3, 3, X33, rows, REST, LOW, TILE, HV)

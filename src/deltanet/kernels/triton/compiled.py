@@ -1,8 +1,9 @@
 """Launching without Triton's front door, which binds, specialises and looks up on every call and costs more than some kernels run.
 
-The first call of a kernel under a key goes through it and keeps the compiled kernel; later calls hand that their arguments directly.
-The key must hold whatever decides the code: dtypes, alignments and constants. T is not among them: sizes are plain integers, never
-specialised. `together` compiles every kernel that a function would launch, side by side: four compilations take the time of the longest.
+The first call of a kernel under a key goes through it and keeps the compiled kernel; later calls hand that their arguments directly, and
+skip what Triton prepares for profilers unless one listens. The key must hold whatever decides the code: dtypes, alignments and constants.
+T is not among them: sizes are plain integers, never specialised. `together` compiles every kernel that a function would launch, side by
+side: four compilations take the time of the longest.
 """
 
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from threading import local
 from typing import Any
 
 import torch
+from triton import knobs
 
 from deltanet.kernels.launch import LaunchConfig
 
@@ -33,12 +35,22 @@ def launch(
     found = _kernels.get(key)
     if found is not None:
         kernel, tail, _ = found
-        kernel[grid](*args, *tail)
+        if _someone_listens():
+            kernel[grid](*args, *tail)
+        else:
+            stream = torch._C._cuda_getCurrentRawStream(torch._C._cuda_getDevice())
+            kernel.run(*grid, stream, kernel.function, kernel.packed_metadata, None, None, None, *args, *tail)
         return
     named = constants()
     kernel = fn[grid](*args, **named, **_options(config))
     if kernel is not None:  # the interpreter compiles nothing
         _kernels[key] = kernel, tuple(named[name] for name in fn.arg_names[len(args) :]), config
+
+
+def _someone_listens() -> bool:
+    """Whether a profiler hooked into launches; Triton calls its chains of hooks even when they are empty."""
+    enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
 
 
 def _options(config: LaunchConfig) -> dict[str, int | None]:
