@@ -97,10 +97,11 @@ class Cold:
             self.buffer.zero_()
 
 
-def host_us(call: Callable[[], object], device: torch.device, calls: int = 20) -> float:
-    """Microseconds until a call returns, the median of several; the queue of the device is empty before each."""
-    times = []
-    for _ in range(calls):
+def host_us(call: Callable[[], object], device: torch.device, calls: int = 200, seconds: float = 0.5) -> float:
+    """Microseconds until a call returns, the median of many; the queue of the device is empty before each."""
+    times: list[float] = []
+    begin = time.perf_counter()
+    while len(times) < 20 or (len(times) < calls and time.perf_counter() - begin < seconds):
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         start = time.perf_counter()

@@ -214,18 +214,17 @@ def clock(row: dict[str, Any], subject: Subject, shape: Shape, gated: bool, opti
         row[way] = timing
 
 
-def cold_start_s(shape: Shape, options: argparse.Namespace, backend: str) -> float | None:
+def cold_start_s(shape: Shape, options: argparse.Namespace, backend: str, rule: str) -> float | None:
     """Seconds of the first forward and backward of a process with an empty compilation cache, imports not counted."""
     code = (
         "import sys, tempfile, os; os.environ['TRITON_CACHE_DIR'] = tempfile.mkdtemp(); sys.path.insert(0, sys.argv[1])\n"
         "import torch, operators as o\n"
-        "d = torch.device(sys.argv[3]); s = o.Shape.parse(sys.argv[2]); x = o.make(s, False, d, getattr(torch, sys.argv[4]))\n"
-        "[x[n].requires_grad_() for n in ('q', 'k', 'v', 'beta')]\n"
-        "subject = o.ours(sys.argv[5], 'chunk', 'states')\n"
-        "print('seconds', o.first_call_s(lambda: subject.both(x), d))"
+        "shape, device, dtype, backend, rule = sys.argv[2:]\n"
+        "x = o.leave(o.make(o.Shape.parse(shape), rule == 'gated', torch.device(device), getattr(torch, dtype)))\n"
+        "subject = o.ours(backend, 'chunk', 'states')\n"
+        "print('seconds', o.first_call_s(lambda: subject.both(x), torch.device(device)))"
     )
-    here = str(Path(__file__).parent)
-    arguments = [here, str(shape), str(options.device), options.dtype, backend]
+    arguments = [str(Path(__file__).parent), str(shape), str(options.device), options.dtype, backend, rule]
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
     found = re.search(r"seconds ([\d.e+-]+)", done.stdout)
     if not found:
@@ -255,26 +254,22 @@ def report(rows: list[dict[str, Any]], passes: list[str]) -> str:
         lines = [[case, name, *[found.get(n) for n in names]] for case, name, found in sorted(hard, key=lambda x: list(CASES).index(x[0]))]
         parts.append(table([f"relative error, {rows[0]['shape']}", "", *names], lines))
     if ratios := compare(rows, passes):
-        parts.append(table(["times as fast", "than", *[f"{way}, {how}" for way in passes for how in ("eager", "graph")]], ratios))
+        parts.append(table(["times as fast", "", *[f"{way}, {how}" for way in passes for how in ("eager", "graph")]], ratios))
     return "\n\n".join(parts)
 
 
 def compare(rows: list[dict[str, Any]], passes: list[str]) -> list[list[Any]]:
-    """Each peer's time over that of this project's first row of the same shape, rule and algorithm."""
+    """Each peer's time over that of each of this project's rows of the same shape, rule and algorithm."""
 
     def key(row: dict[str, Any]) -> tuple[str, ...]:
         return row["shape"], row["rule"], row["algorithm"]
 
-    first: dict[tuple[str, ...], dict[str, Any]] = {}
-    for row in rows:
-        if row["name"] not in PEERS:
-            first.setdefault(key(row), row)
     lines = []
-    for row in rows:
-        own = first.get(key(row))
-        if row["name"] in PEERS and own is not None:
-            cells = [(row.get(way, {}).get(how), own.get(way, {}).get(how)) for way in passes for how in ("eager_ms", "graph_ms")]
-            lines.append([f"{row['shape']} {row['rule']}", row["name"], *[a / b if a and b else None for a, b in cells]])
+    for peer in (row for row in rows if row["name"] in PEERS):
+        for own in (row for row in rows if row["name"] not in PEERS and key(row) == key(peer)):
+            cells = [(peer.get(way, {}).get(how), own.get(way, {}).get(how)) for way in passes for how in ("eager_ms", "graph_ms")]
+            ratios = [a / b if a and b else None for a, b in cells]
+            lines.append([f"{peer['shape']} {peer['rule']}", f"{own['name']} than {peer['name']}", *ratios])
     return lines
 
 
@@ -290,7 +285,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--dtype", default=None, choices=("bfloat16", "float16", "float32"), help="default: bfloat16, on a CPU float32")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seconds", type=float, default=0.3, help="how long to measure each number")
-    parser.add_argument("--compile-ahead", action="store_true", help="compile fla's search space on all cores first")
+    parser.add_argument("--compile-ahead", action="store_true", help="compile what the peers will first, on all cores")
     parser.add_argument("--search-ms", nargs=2, type=float, metavar=("WARMUP", "REPEAT"), help="shorten the time fla's search gives a setting")
     parser.add_argument("--cold-start", action="store_true", help="also time the first call in a process with an empty cache")
     parser.add_argument("--budget", type=float, default=math.inf, help="seconds after which no further row is begun")
@@ -316,8 +311,12 @@ def main() -> None:
         if name not in peers:
             print(f"{name} is not installed, so it is left out")
     result, path = begin(options, device)
-    families = list(dict.fromkeys((s.H, s.D) for s in shapes))
-    ahead = CompileAhead(families) if options.compile_ahead and "fla" in peers else None
+    if options.cold_start:  # before anything else compiles
+        result["cold_start_s"] = {f"{b} {rule}": cold_start_s(shapes[0], options, b, rule) for rule in options.rules for b in options.backends}
+        print(f"first forward and backward with an empty cache, s: {result['cold_start_s']}", flush=True)
+    wanted = ((peer, g, s.H, s.D) for g in rules for s in shapes for peer in peers.values() if peer.can(gated=g, head_dim=s.D))
+    families = list(dict.fromkeys((peer.name, *rest) for peer, *rest in wanted))
+    ahead = CompileAhead(families) if options.compile_ahead and families else None
     if options.search_ms:
         shorten_search(*options.search_ms)
     x = make(Shape(1, 64, shapes[0].H, shapes[0].D), False, device, dtype)
@@ -341,8 +340,8 @@ def main() -> None:
                     result["left_out"].append(what)
                     continue
                 try:
-                    if ahead is not None and subject.name == "fla":
-                        ahead.wait((shape.H, shape.D))
+                    if ahead is not None and subject.name in PEERS:
+                        ahead.wait((subject.name, gated, shape.H, shape.D))
                     save(step(row, subject, shape, gated))
                 except Exception as error:
                     traceback.print_exc()
@@ -362,26 +361,28 @@ def main() -> None:
         torch.cuda.empty_cache()
         return row
 
-    def own(_shape: Shape, _gated: bool) -> list[Subject]:
-        return [ours(b, a, m) for b in options.backends for a in options.algorithms for m in options.memory]
+    def own(shape: Shape, gated: bool) -> list[Subject]:
+        x = make(Shape(shape.B, 1, shape.H, shape.D), gated, device, dtype)
+        given = [x[name] for name in ("q", "k", "v", "beta", "g")]
+        takes = {a: explain(*given, algorithm=a) for a in options.algorithms}
+        runs = [(b, a) for b in options.backends for a in options.algorithms if b == "auto" or takes[a].refusals[b] is None]
+        return [ours(b, a, m) for b, a in runs for m in options.memory]
 
     def others(shape: Shape, gated: bool) -> list[Subject]:
         return [Subject(p.name, p.algorithm, p.load(), gated in p.backward) for p in peers.values() if p.can(gated=gated, head_dim=shape.D)]
 
     now = result["environments"][-1]
-    if ahead is not None:  # errors need no quiet machine
+    if ahead is not None:  # errors need no quiet machine, times do
         each(own, proved)
-        ahead.wait(families[0])
+        for family in families:
+            ahead.wait(family)
     limit, cold = limits(device), Cold(device)
     result["limits"] = asdict(limit)
     print(f"{now['device']}: copy {limit.bytes_per_second / 1e12:.2f} TB/s, matmul {limit.flops_per_second / 1e12:.0f} TFLOP/s", flush=True)
-    if options.cold_start:
-        result["cold_start_s"] = {b: cold_start_s(shapes[0], options, b) for b in options.backends}
-        print(f"first forward and backward with an empty cache, s: {result['cold_start_s']}", flush=True)
     each(own, measured)
     each(others, measured)
     if ahead is not None:
-        result["compile_ahead_s"] = {"{}x{}".format(*family): seconds for family, seconds in ahead.done.items()}
+        result["compile_ahead_s"] = ahead.done
         ahead.stop()
     save()
     print("\n" + report([r for r in result["rows"] if any(way in r for way in PASSES)], options.passes))

@@ -1,7 +1,8 @@
 """Other implementations of the same operator, each behind the same call: (q, k, v, beta, g, scale) -> o.
 
-A peer is used if it can be imported. fla searches its launch settings by timing at the first call of every (heads, head dimension); `CompileAhead`
-runs the compiler for that search in parallel beforehand, which changes nothing about what is found, only how long one waits for it.
+A peer is used if it can be imported. fla searches its launch settings by timing at the first call of every (heads, head dimension), and each of
+FlashQLA's kernels keeps nvcc busy for half a minute; `CompileAhead` runs the compilers in parallel beforehand, which changes nothing about what is
+found, only how long one waits for it.
 """
 
 from __future__ import annotations
@@ -82,32 +83,37 @@ def importable(names: list[str]) -> dict[str, Peer]:
     return {name: PEERS[name] for name in names if util.find_spec(PEERS[name].package) is not None}
 
 
-class CompileAhead:
-    """Compiles all that fla's search over settings will try for each (heads, head dimension), on all cores, into Triton's cache.
+Family = tuple[str, bool, int, int]  # peer, whether gated, heads, head dimension: what a peer compiles kernels for
 
-    It goes family by family in the background, at low priority. Settings that an earlier search left in that cache as the best are compiled alone.
+
+class CompileAhead:
+    """Compiles what peers would compile at their first calls, on all cores: all settings that fla's search will try, FlashQLA's kernels.
+
+    It goes family by family in the background, at low priority, into the caches of Triton and TileLang. Settings that an earlier search left
+    in Triton's cache as the best are compiled alone.
     """
 
-    def __init__(self, families: list[tuple[int, int]], workers: int | None = None):
+    def __init__(self, families: list[Family], workers: int | None = None):
         self.start, self.workers = time.perf_counter(), workers or os.cpu_count() or 1
         self.folder = Path(tempfile.mkdtemp())
-        self.done: dict[tuple[int, int], float] = {}  # seconds after which a family was compiled
-        names = [f"{heads}x{head_dim}" for heads, head_dim in families]
+        self.families = families
+        self.done: dict[str, float] = {}  # seconds after which a family was compiled
         command = ["nice", "-n", "19", sys.executable, __file__, "--compile", str(self.folder)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        names = [_name(family) for family in families]
         self.processes = [
             subprocess.Popen([*command, str(part), str(self.workers), *names], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
             for part in range(self.workers)
         ]
 
-    def wait(self, family: tuple[int, int]) -> None:
-        """Until a family is compiled, or nobody is left to compile it: then fla will by itself."""
-        name = "{}x{}".format(*family)
-        while family not in self.done:
+    def wait(self, family: Family) -> None:
+        """Until a family is compiled, or nobody is left to compile it: then the peer will by itself."""
+        name = _name(family)
+        while family in self.families and name not in self.done:
             finished = all((self.folder / f"{name}-{part}").exists() for part in range(self.workers))
             if finished or all(process.poll() is not None for process in self.processes):
-                self.done[family] = time.perf_counter() - self.start
-                print(f"[{self.done[family]:4.0f} s] fla's settings for {name} are compiled{'' if finished else ' in part'}", flush=True)
+                self.done[name] = time.perf_counter() - self.start
+                print(f"[{self.done[name]:4.0f} s] {name} is compiled{'' if finished else ' in part'}", flush=True)
             time.sleep(0.2)
 
     def stop(self) -> None:
@@ -115,18 +121,54 @@ class CompileAhead:
             process.kill()
 
 
-def _compile_part(folder: Path, part: int, parts: int, families: list[tuple[int, int]]) -> None:
-    """Call fla once for each family with a Triton that launches and times nothing, and compiles every `parts`-th kernel that it is asked for.
+def _name(family: Family) -> str:
+    peer, gated, heads, head_dim = family
+    return f"{peer}:{'gated' if gated else 'plain'}:{heads}x{head_dim}"
+
+
+def _compile_part(folder: Path, part: int, parts: int, names: list[str]) -> None:
+    """Call each peer once with a compiler that launches and times nothing, and compiles every `parts`-th kernel that it is asked for.
 
     All processes ask for the same kernels in the same order, so each kernel has one of them.
     """
+    asked = itertools.count()
+
+    def mine() -> bool:
+        return next(asked) % parts == part
+
+    _compile_only_triton(mine)
+    if util.find_spec("tilelang") is not None:
+        _compile_only_tilelang(mine)
+    for name in names:
+        peer, rule, size = name.split(":")
+        heads, head_dim = map(int, size.split("x"))
+        # FlashQLA has a kernel each for many, some and few heads of all sequences; fla's depend on neither batch nor length
+        for batch, tokens in ((1, 1024),) if peer == "fla" else ((8, 4096), (4, 8192), (1, 32768)):
+            _visit(PEERS[peer], rule == "gated", batch, tokens, heads, head_dim)
+        (folder / f"{name}-{part}").touch()
+
+
+def _visit(peer: Peer, gated: bool, B: int, T: int, H: int, D: int) -> None:
+    """A forward without gradients; then one with, and its backward, if the peer has one."""
+    q, k, v = (torch.zeros(B, T, H, D, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    beta, g = torch.zeros(B, T, H, device="cuda", dtype=torch.bfloat16), torch.zeros(B, T, H, device="cuda") if gated else None
+    leaves = [x for x in (q, k, v, beta, g) if x is not None]
+    for train in (False, True):
+        for x in leaves:
+            x.requires_grad_(train)
+        o = peer.load()(q, k, v, beta, g, D**-0.5)
+    if gated in peer.backward:
+        torch.autograd.grad(o, leaves, torch.zeros_like(o))
+
+
+def _compile_only_triton(mine: Callable[[], bool]) -> None:
     from triton.runtime.autotuner import Autotuner
     from triton.runtime.jit import JITFunction
 
-    compile_kernel, search, asked = JITFunction.run, Autotuner.check_disk_cache, itertools.count()
+    compile_kernel, search = JITFunction.run, Autotuner.check_disk_cache
 
     def compile_only(self, *args, grid, warmup, **kwargs):
-        if next(asked) % parts == part:
+        if mine():
             with contextlib.suppress(Exception):  # a setting that does not compile is the search's business, later
                 compile_kernel(self, *args, grid=grid, warmup=True, **kwargs)
 
@@ -148,12 +190,19 @@ def _compile_part(folder: Path, part: int, parts: int, families: list[tuple[int,
             return False
 
     JITFunction.run, Autotuner._bench, Autotuner.check_disk_cache = compile_only, compile_setting, known_or_all
-    for heads, head_dim in families:
-        inputs = [torch.zeros(1, 1024, heads, head_dim, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
-        leaves = [x.requires_grad_() for x in (*inputs, torch.zeros(1, 1024, heads, device="cuda", dtype=torch.bfloat16))]
-        o = _fla_chunk()(*leaves, None, head_dim**-0.5)
-        torch.autograd.grad(o, leaves, torch.zeros_like(o))
-        (folder / f"{heads}x{head_dim}-{part}").touch()
+
+
+def _compile_only_tilelang(mine: Callable[[], bool]) -> None:
+    from tilelang.jit import JITImpl
+
+    compile_kernel = JITImpl.compile
+
+    def compile_only(self, *args, **kwargs):
+        if mine():
+            compile_kernel(self, *args, **kwargs)
+        return lambda *_, **__: None
+
+    JITImpl.compile = compile_only
 
 
 def shorten_search(warmup_ms: float, repeat_ms: float) -> None:
@@ -168,6 +217,6 @@ def shorten_search(warmup_ms: float, repeat_ms: float) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
-    parser.add_argument("--compile", nargs="+", required=True, metavar=("FOLDER", "PART PARTS HEADSxHEAD_DIM"))
+    parser.add_argument("--compile", nargs="+", required=True, metavar=("FOLDER", "PART PARTS PEER:RULE:HEADSxHEAD_DIM"))
     folder, part, parts, *names = parser.parse_args().compile
-    _compile_part(Path(folder), int(part), int(parts), [tuple(map(int, name.split("x"))) for name in names])
+    _compile_part(Path(folder), int(part), int(parts), names)

@@ -91,11 +91,23 @@ def test_a_run_goes_on_from_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert [r["shape"] for r in json.loads(out.read_text())["rows"]] == ["1x20x1x16", "1x30x1x16"]
 
 
-def test_peers_are_compared_with_the_first_row_of_the_same_work() -> None:
+def test_peers_are_compared_with_every_row_of_the_same_work() -> None:
     import operators
 
     def row(name: str, eager: float, graph: float | None, shape: str = "s") -> dict:
         return {"shape": shape, "rule": "plain", "algorithm": "chunk", "name": name, "both": {"eager_ms": eager, "graph_ms": graph}}
 
-    rows = [row("auto", 2.0, 1.0), row("reference", 9.0, 9.0), row("fla", 5.0, None), row("fla", 5.0, 4.0, "t")]
-    assert operators.compare(rows, ["both"]) == [["s plain", "fla", 2.5, None]]
+    rows = [row("triton", 2.0, 1.0), row("hopper", 1.0, 1.0), row("fla", 5.0, None), row("fla", 5.0, 4.0, "t")]
+    assert operators.compare(rows, ["both"]) == [["s plain", "triton than fla", 2.5, None], ["s plain", "hopper than fla", 5.0, None]]
+
+
+def test_a_backend_that_refuses_a_shape_has_no_row_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import operators
+
+    out = tmp_path / "result.json"
+    common = ["operators.py", "--device", "cpu", "--seconds", "0", "--peers", "none", "--passes", "forward", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", [*common, "--shapes", "1x20x1x16", "--backends", "hopper", "reference"])
+    operators.main()
+    result = json.loads(out.read_text())
+    assert [r["name"] for r in result["rows"]] == ["reference"]
+    assert result["failed"] == []
