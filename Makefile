@@ -6,6 +6,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 RUN    ?= runs/quickstart
+TRITON := $(VENV)/triton-3.6.0# the oldest supported: kernels are compiled with it too, beside the one that is installed
 
 .PHONY: quickstart test lint clean
 
@@ -15,8 +16,8 @@ quickstart: $(VENV)/.installed
 	$(BIN)/deltanet plot $(RUN)
 	$(BIN)/deltanet generate $(RUN) --prompt "It is a truth universally acknowledged"
 
-test: $(VENV)/.installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --durations=10
+test: $(VENV)/.installed-dev $(TRITON)
+	TRITON_FOLDERS=$$(ls -d $(CURDIR)/$(TRITON) 2>/dev/null) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --durations=10
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -37,3 +38,7 @@ $(VENV)/.installed: $(VENV)/bin/python pyproject.toml constraints.txt
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[plot,dev]'
 	@touch $@
+
+$(TRITON): | $(VENV)/.installed
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $@.part $(subst -,==,$(notdir $@)) && mv $@.part $@ \
+	|| echo "$(notdir $@) could not be installed: kernels are compiled with the installed Triton alone"

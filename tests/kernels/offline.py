@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 SHARED_LIMIT = {80: 166_912, 90: 232_448}  # bytes one block may ask for: A100 (compute capability 8.0), H100 and H200 (9.0)
+FOLDERS = ["", *filter(None, os.environ.get("TRITON_FOLDERS", "").split(os.pathsep))]  # the Triton installed, and others, each unpacked in a folder
 SERIALISED = ("C7510", "C7511", "C7512", "C7513", "C7514")  # ptxas: wgmma pipeline crosses a function, registers ..., so it waits after each
 
 
@@ -262,6 +263,11 @@ def compile_rows(rows: list[str], capability: int, workers: int, triton: str = "
     if done.returncode:
         raise RuntimeError(f"offline compilation failed:\n{done.stderr[-4000:]}")
     return [Compiled(**{**x, "warnings": tuple(x["warnings"])}) for x in json.loads(done.stdout)]
+
+
+def name(folder: str) -> str:
+    """Of a Triton, for the names of tests."""
+    return Path(folder).name or "installed"
 
 
 def problems(compiled: Compiled, budget: int) -> list[str]:

@@ -1,14 +1,13 @@
 """Every configuration of the Hopper kernels compiles for sm_90a without serialised wgmma, spills past a budget, or too much shared memory.
 
-No GPU is needed (offline.py). Heads of 128 without a gate are checked always, with the Triton that is installed; everything else, and other Tritons,
-each a folder with an unpacked wheel, when they are asked for:
+No GPU is needed (offline.py). Heads of 128 without a gate are checked always, everything else when it is asked for; with the Triton that is
+installed, and with each in TRITON_FOLDERS, where `make test` puts the oldest that is supported:
 
-    TRITON_FOLDERS=/path/to/triton-3.6.0:/path/to/triton-3.7.1 python -m pytest -m slow tests/kernels/test_hopper_compile.py
+    TRITON_FOLDERS=/path/to/triton-3.6.0:/path/to/another python -m pytest -m slow tests/kernels/test_hopper_compile.py
 
 Shown to fail: STATE_REGISTERS = 136 (serialised), ALWAYS_0 = ALSO_0 = 31, which the compiler sees to be 0 (spills), two stages of S (memory).
 """
 
-import os
 from functools import cache
 
 import pytest
@@ -16,7 +15,7 @@ import pytest
 pytest.importorskip("triton")  # Gluon itself cannot be imported beside the interpreter
 
 from kernels import offline
-from kernels.offline import Compiled, problems
+from kernels.offline import FOLDERS, Compiled, name, problems
 
 # Bytes that a thread may spill, stores and loads together, over all warps of the program, by row: what is spilled now and a little, so that
 # a change shows. They are dear here: what is spilled comes back from L2 (docs/kernels.md).
@@ -29,7 +28,6 @@ SPILLS = {
     "hopper_backward-2-64-gated": 0,
 }
 FAST = [row for row in SPILLS if row.endswith("128-plain")]
-FOLDERS = ["", *filter(None, os.environ.get("TRITON_FOLDERS", "").split(os.pathsep))]
 
 
 @cache
@@ -46,13 +44,14 @@ def check(row: str, rows: list[str], folder: str) -> None:
     assert {kernel.warps for kernel in kernels if kernel.kernel != "transform"} <= {12, 16}
 
 
+@pytest.mark.parametrize("folder", FOLDERS, ids=name)
 @pytest.mark.parametrize("row", FAST)
-def test_sm_90a(row: str) -> None:
-    check(row, FAST, "")
+def test_sm_90a(row: str, folder: str) -> None:
+    check(row, FAST, folder)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder or "installed")
+@pytest.mark.parametrize("folder", FOLDERS, ids=name)
 @pytest.mark.parametrize("row", SPILLS)
 def test_sm_90a_of_every_row(row: str, folder: str, request: pytest.FixtureRequest) -> None:
     if "slow" not in request.config.getoption("markexpr"):
