@@ -1,4 +1,4 @@
-"""The standing matrix: inputs of every kind against fp64, each error at most 1.3 times that of the emulated pipeline (fp16: 1.6) on the same inputs.
+"""The standing matrix: inputs of every kind against fp64, each error at most 1.3 times that of the emulated pipeline on the same inputs.
 
 All combinations would be 16,128; a fixed sample of them meets every pair of values several times. In the interpreter a few of them run in fp16.
 The Hopper family runs the cells that it takes, with as many heads as its backward wants before it is chosen.
@@ -96,12 +96,13 @@ def run(cell: dict, family: str = "triton", D: int | None = None, T: int | None 
     found = both(import_module(f"deltanet.kernels.{family}"), *given)
     lengths = [q.shape[1]] * q.shape[0] if cu is None else cu.diff().tolist()
     flat = (None if x is None else x.flatten(0, 1) for x in (q, k, v, beta, g))
-    expected = emulate(*flat, scale, state, lengths, do.flatten(0, 1), dstate)
+    expected = emulate(*flat, scale, state, lengths, do.flatten(0, 1), dstate, family)
     exact = both(chunkwise, *(x.double() if isinstance(x, torch.Tensor) and x is not cu else x for x in given))
     errors = {}
     for name, x in exact.items():
         if x is not None:
-            size = x.norm().item() or 1.0
+            size = x.norm().item()
+            size = size if size > 1e-9 else 1.0  # dg of what no later token reads is zero, but for the rounding of fp64
             pair = (found[name].double(), expected[name].view(x.shape).double())
             errors[name] = tuple(((y - x).norm() / size).item() for y in pair)
     return errors
@@ -110,27 +111,29 @@ def run(cell: dict, family: str = "triton", D: int | None = None, T: int | None 
 def check(errors: dict[str, tuple[float, float]], cell: dict) -> None:
     # Under strong decay dg is what is left of terms as large as dq, and sums of g near -600 a chunk lose 1e-5 of an exponent in fp32.
     noise = {"dg": 5e-3 if cell["gate"] == "strong" else 1e-4}
-    # Repeated keys at beta 2 neither grow nor die out: errors wander, and two pipelines that round alike need not wander alike. In fp16 the
-    # solve's products (11 bits where beta is at most 1) cost as much as rounding X does; the emulation solves exactly.
+    # Repeated keys at beta 2 neither grow nor die out: errors wander, and two pipelines that round alike need not wander alike.
     wander = cell["keys"] == "identical" and cell["beta"] in ("2", "to 2")
-    factor = 2.0 if wander else 1.6 if cell["dtype"] == "float16" else 1.3
     for name, (ours, emulated) in errors.items():
-        assert ours <= factor * emulated + noise.get(name, 1e-5), (name, ours, emulated, cell)
+        assert ours <= (2.5 if wander else 1.3) * emulated + noise.get(name, 1e-5), (name, ours, emulated, cell)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("number", range(192))
-def test_cell(number: int) -> None:
+def test_cell(number: int, record_property) -> None:
     cell = sample(192)[number]
-    check(run(cell), cell)
+    errors = run(cell)
+    record_property("errors", errors)
+    check(errors, cell)
 
 
 @pytest.mark.gpu
 @pytest.mark.hopper
 @pytest.mark.parametrize("number", [i for i, cell in enumerate(sample(192)) if cell["D"] in hopper.DIMS])
-def test_cell_on_hopper(number: int) -> None:
+def test_cell_on_hopper(number: int, record_property) -> None:
     cell = sample(192)[number]
-    check(run(cell, "hopper"), cell)
+    errors = run(cell, "hopper")
+    record_property("errors", errors)
+    check(errors, cell)
 
 
 @pytest.mark.skipif(ON_GPU, reason="the matrix itself runs here")
