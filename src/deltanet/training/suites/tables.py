@@ -89,7 +89,13 @@ def _reduced(suite: "Suite", outcomes: Sequence[dict[str, Any]], chosen: Sequenc
     if missing := sum(setting not in tried for setting in asked):
         notes.append(f"{len(asked) - missing} of {len(asked)} {'rates and epochs' if full.epochs else 'rates'}")
     standard = suite.cell(
-        replace(full, epochs=None), cell["task"], cell["model"], cell["config"]["d_model"], cell["learning_rate"], cell["weight_decay"], 0
+        replace(full, epochs=None),
+        cell["task"],
+        cell["model"],
+        cell["config"]["d_model"],
+        cell["learning_rate"],
+        cell["weight_decay"],
+        0,
     )
     for name in ("epochs", "train_examples", "batch_size"):
         mine, yours = cell["recipe"][name], getattr(standard.recipe, name)
