@@ -138,6 +138,8 @@ def calls(row: str):
         return hopper_forward_calls(int(dim), gated=rule == "gated")
     if algorithm == "hopper_backward":
         return hopper_backward_calls(int(dim), gated=rule == "gated")
+    if algorithm == "short_conv":
+        return [lambda: short_conv_call(int(dim), packed=rule == "packed")]
     dtype = {"2": torch.bfloat16, "4": torch.float32}[itemsize]
     B, T, H, HV, D = 1, 130, 2, 4, int(dim)
     q, k = (torch.zeros(B, T, H, D, dtype=dtype) for _ in range(2))
@@ -171,6 +173,21 @@ def scan(dtype, S: int) -> None:
     inputs = (u, dt, A, B, B, None, torch.tensor([0, 40, 64], dtype=torch.int32))
     y, final = selective_scan.scan_forward(*inputs)
     selective_scan.scan_backward(y, final, *inputs)
+
+
+def short_conv_call(unit: int, *, packed: bool):
+    """The convolution of a layer's keys; packed, with a bias and a tail, and without a norm, as Mamba's."""
+    import torch
+
+    from deltanet.kernels.triton.short_conv import short_conv_backward, short_conv_forward
+
+    D = 4 * unit
+    x, weight = torch.zeros(1, 130, D, dtype=torch.bfloat16), torch.zeros(D, 1, 4)
+    bias, tail, cu_seqlens, unit = (
+        (torch.zeros(D), torch.zeros(2, 3, D, dtype=x.dtype), torch.tensor([0, 70, 130]), 0) if packed else (None, None, None, unit)
+    )
+    short_conv_forward(x, weight, bias, tail, cu_seqlens, "silu", unit, 1e-6)
+    short_conv_backward(x, x, weight, bias, tail, cu_seqlens, "silu", unit, 1e-6)
 
 
 def hopper_forward_calls(D: int, *, gated: bool):

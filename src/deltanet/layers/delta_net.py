@@ -7,7 +7,6 @@ Source: Yang et al. 2024 (arXiv 2406.06484), section 3.3; the options are that p
 Grazzi et al. 2024 (arXiv 2411.12537).
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -16,20 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deltanet.layers.mixer import Mixer
-from deltanet.layers.norm import RMSNorm, l2_normalize, sum_normalize, widen
-from deltanet.layers.short_conv import ShortConv
+from deltanet.layers.norm import RMSNorm, sum_normalize, widen
+from deltanet.layers.short_conv import ACTIVATIONS, ShortConv, activate
 from deltanet.ops import chunk_delta_rule, recurrent_delta_rule
 from deltanet.ops.segments import times
 
 __all__ = ["DeltaNet", "DeltaNetConfig", "DeltaNetState"]
 
-FEATURE_MAPS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu,
-    "relu": F.relu,
-    "elu1": lambda x: F.elu(x) + 1,
-    "identity": lambda x: x,
-}
-NORMS: dict[str, Callable[[Tensor], Tensor]] = {"l2": l2_normalize, "sum": sum_normalize}
+NORMS = ("l2", "sum")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,8 +63,8 @@ class DeltaNetConfig:
             raise ValueError(f"expand_v must be above 0 and at most 64, got {self.expand_v}")
         if not 0 <= self.short_conv <= 64:
             raise ValueError(f"short_conv must be a width between 0 (none) and 64, got {self.short_conv}")
-        if self.feature_map not in FEATURE_MAPS:
-            raise ValueError(f"feature_map must be one of {', '.join(FEATURE_MAPS)}, got {self.feature_map!r}")
+        if self.feature_map not in ACTIVATIONS:
+            raise ValueError(f"feature_map must be one of {', '.join(ACTIVATIONS)}, got {self.feature_map!r}")
         if self.qk_norm not in NORMS:
             raise ValueError(f"qk_norm must be one of {', '.join(NORMS)}, got {self.qk_norm!r}")
         if self.qk_norm == "sum" and self.feature_map != "elu1":
@@ -147,11 +140,13 @@ class DeltaNet(Mixer):
         self, x: Tensor, state: DeltaNetState | None, cu_seqlens: Tensor | None
     ) -> tuple[Tensor, DeltaNetState | None]:
         tails: tuple[Tensor | None, ...] = state or (None, None, None, None)
-        q, q_tail = self._convolve("q_conv", self.q_proj(x), tails[0], cu_seqlens)
-        k, k_tail = self._convolve("k_conv", self.k_proj(x), tails[1], cu_seqlens)
-        v, v_tail = self._convolve("v_conv", self.v_proj(x), tails[2], cu_seqlens)
-        q, k = (self._features(z) for z in (q, k))
-        v = F.silu(v).unflatten(-1, (-1, self.value_dim))
+        features, l2 = self.config.feature_map, self.key_dim if self.config.qk_norm == "l2" else None
+        q, q_tail = self._convolve("q_conv", self.q_proj(x), tails[0], cu_seqlens, features, l2)
+        k, k_tail = self._convolve("k_conv", self.k_proj(x), tails[1], cu_seqlens, features, l2)
+        v, v_tail = self._convolve("v_conv", self.v_proj(x), tails[2], cu_seqlens, "silu", None)
+        q, k, v = (z.unflatten(-1, (-1, dim)) for z, dim in ((q, self.key_dim), (k, self.key_dim), (v, self.value_dim)))
+        if self.config.qk_norm == "sum":
+            q, k = sum_normalize(q), sum_normalize(k)
         beta = widen(self.b_proj(x)).sigmoid() * (2 if self.config.negative_eigenvalues else 1)
         o, memory = self._apply_rule(q, k, v, beta, self.log_decay(x), tails[3], state is not None, cu_seqlens)
         o = self.o_norm(o)
@@ -193,13 +188,12 @@ class DeltaNet(Mixer):
         return (o[:, steps - 1 :: steps] if steps > 1 else o), memory
 
     def _convolve(
-        self, name: str, x: Tensor, tail: Tensor | None, cu_seqlens: Tensor | None
+        self, name: str, x: Tensor, tail: Tensor | None, cu_seqlens: Tensor | None, activation: str, unit: int | None
     ) -> tuple[Tensor, Tensor | None]:
-        return getattr(self, name)(x, tail, cu_seqlens) if self.config.short_conv else (x, tail)
-
-    def _features(self, x: Tensor) -> Tensor:
-        x = FEATURE_MAPS[self.config.feature_map](x)
-        return NORMS[self.config.qk_norm](x.unflatten(-1, (-1, self.key_dim)))
+        """x `[B, T, D]` convolved, activated and, in units of so many channels, L2-normalised; and the new tail."""
+        if not self.config.short_conv:
+            return activate(x, activation, unit), tail
+        return getattr(self, name)(x, tail, cu_seqlens, activation=activation, unit=unit)
 
     def init_state(
         self, batch: int = 1, device: torch.device | None = None, dtype: torch.dtype | None = None

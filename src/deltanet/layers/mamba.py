@@ -98,9 +98,9 @@ class Mamba(Mixer):
         u, z = self.in_proj(x).chunk(2, -1)
         tail = None if state is None else state.tail
         if self.config.short_conv:
-            u, tail = self.conv(u, tail, cu_seqlens)
-            u = u + self.conv_bias.to(u.dtype)
-        u = F.silu(u)
+            u, tail = self.conv(u, tail, cu_seqlens, activation="silu", bias=self.conv_bias)
+        else:
+            u = F.silu(u)
         rank, S = self.step_rank, self.config.state
         r, B, C = self.x_proj(u).split([rank, S, S], -1)
         # The bias is added in fp32: it alone tells small steps apart.

@@ -4,7 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["RMSNorm", "l2_normalize", "sum_normalize", "widen"]
+__all__ = ["L2_EPS", "RMSNorm", "l2_normalize", "sum_normalize", "widen"]
+
+L2_EPS = 1e-6  # under the root of an L2 norm, so that a zero vector has a gradient
 
 
 def widen(x: Tensor) -> Tensor:
@@ -25,10 +27,10 @@ class RMSNorm(nn.Module):
         return F.rms_norm(wide, self.weight.shape, self.weight.to(wide.dtype), self.eps).to(x.dtype)
 
 
-def l2_normalize(x: Tensor, eps: float = 1e-6) -> Tensor:
-    """x / sqrt(sum(x^2) + eps) over the last dimension; eps lies under the root, so that a zero vector has a gradient."""
+def l2_normalize(x: Tensor) -> Tensor:
+    """x / sqrt(sum(x^2) + L2_EPS) over the last dimension."""
     wide = widen(x)
-    return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + eps)).to(x.dtype)
+    return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + L2_EPS)).to(x.dtype)
 
 
 def sum_normalize(x: Tensor, eps: float = 1e-6) -> Tensor:

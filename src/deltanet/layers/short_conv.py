@@ -1,15 +1,34 @@
-"""Short convolution: each channel mixes its last `width` inputs. Causal, depthwise, no bias; streams, and never crosses packed sequences.
+"""Short convolution: each channel mixes its last `width` inputs. Causal, depthwise; streams, and never crosses packed sequences.
 
-y_t = sum_j w_j x_{t - width + 1 + j},    j = 0 .. width - 1        x before the sequence's start is its tail, or zero
+    y_t = norm(activation(b + sum_j w_j x_{t - width + 1 + j})),    j = 0 .. width - 1     x before the sequence's start is its tail, or zero
+
+On a GPU this is one kernel forward and one backward (`kernels/triton/short_conv.py`) for widths of 2 to 8, otherwise PyTorch.
 """
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from deltanet.layers.norm import L2_EPS, l2_normalize
 from deltanet.layers.rotary import positions
+from deltanet.ops.short_conv import fused_short_conv, refuse_short_conv
 
-__all__ = ["ShortConv"]
+__all__ = ["ACTIVATIONS", "ShortConv", "activate"]
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "relu": F.relu,
+    "elu1": lambda x: F.elu(x) + 1,
+    "identity": lambda x: x,
+}
+
+
+def activate(x: Tensor, activation: str, unit: int | None) -> Tensor:
+    """What follows a convolution, or stands in its place: x `[..., D]` through ACTIVATIONS, then every `unit` channels L2-normalised, if given."""
+    x = ACTIVATIONS[activation](x)
+    return x if unit is None else l2_normalize(x.unflatten(-1, (-1, unit))).flatten(-2)
 
 
 class ShortConv(nn.Module):
@@ -30,49 +49,67 @@ class ShortConv(nn.Module):
             self.weight.uniform_(-(self.width**-0.5), self.width**-0.5, generator=generator)
 
     def forward(
-        self, x: Tensor, tail: Tensor | None = None, cu_seqlens: Tensor | None = None
+        self,
+        x: Tensor,
+        tail: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        *,
+        activation: str = "identity",
+        bias: Tensor | None = None,
+        unit: int | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """The convolved sequence, and the new tail if one was given. With `cu_seqlens` `[N + 1]`, x is `[1, T, D]`."""
-        taps = self.weight[:, 0].to(x.dtype).unbind(-1)
-        before = None if tail is None else tail.to(x.dtype)
-        if cu_seqlens is None:
-            windows, new_tail = self._dense(x, before)
-        elif before is None:
-            windows, new_tail = self._shifted(x, cu_seqlens), None
+        """The convolved sequence, and the new tail if one was given. With `cu_seqlens` `[N + 1]`, x is `[1, T, D]`.
+
+        Args:
+            activation: what the sums pass through, a name of ACTIVATIONS.
+            bias: `[D]`, added to the sums.
+            unit: so many channels, which must divide D, are L2-normalised together at the end; none if not given.
+        """
+        if unit is not None and x.shape[-1] % unit:
+            raise ValueError(f"unit must divide D = {x.shape[-1]}, got {unit}: channels are normalised in whole units")
+        tail = None if tail is None else tail.to(x.dtype)
+        if refuse_short_conv(x, self.width, unit or 0) is None:
+            y = fused_short_conv(x, self.weight, bias, tail, cu_seqlens, activation, unit or 0, L2_EPS)
         else:
-            windows, new_tail = self._packed(x, before, cu_seqlens.to(torch.int64))
+            y = self._sum(x, tail, cu_seqlens)
+            y = activate(y if bias is None else y + bias.to(y.dtype), activation, unit)
+        return y, None if tail is None else self._new_tail(x, tail, cu_seqlens)
+
+    def _sum(self, x: Tensor, tail: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+        """sum_j w_j x_{t - width + 1 + j} in PyTorch."""
+        past, T = self.width - 1, x.shape[1]
+        if cu_seqlens is not None and tail is not None:
+            token = torch.arange(T, device=x.device)
+            sequence = torch.searchsorted(cu_seqlens, token.to(cu_seqlens.dtype), right=True) - 1
+            place = (token - cu_seqlens[sequence])[:, None] - past + torch.arange(self.width, device=x.device)
+            windows = self._inputs(x, tail, cu_seqlens, sequence[:, None].expand_as(place), place)[None].unbind(2)
+        else:
+            joined = F.pad(x, (0, 0, past, 0)) if tail is None else torch.cat([tail, x], 1)
+            windows = tuple(joined[:, j : j + T] for j in range(self.width))
+        if cu_seqlens is not None and tail is None:
+            # Whatever lies before a token's own sequence is zero. Gathers nothing, so its gradient scatters nothing.
+            place = positions(T, None, cu_seqlens, x.device)[..., None]
+            windows = tuple(window * (place >= past - j) for j, window in enumerate(windows))
+        taps = self.weight[:, 0].to(x.dtype).unbind(-1)
         y = windows[0] * taps[0]
         for window, tap in zip(windows[1:], taps[1:], strict=True):
             y = torch.addcmul(y, window, tap)
-        return y, None if tail is None else new_tail
+        return y
 
-    def _dense(self, x: Tensor, tail: Tensor | None) -> tuple[list[Tensor], Tensor]:
+    def _new_tail(self, x: Tensor, tail: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+        """The last inputs of every sequence, which may reach back into its old tail."""
         past, T = self.width - 1, x.shape[1]
-        joined = F.pad(x, (0, 0, past, 0)) if tail is None else torch.cat([tail, x], 1)
-        return [joined[:, j : j + T] for j in range(self.width)], joined[:, T:]
+        if cu_seqlens is None:  # a copy: a view would keep all of x in memory
+            return x[:, T - past :].clone() if past <= T else torch.cat([tail[:, T:], x], 1)
+        every, slot = (torch.arange(n, device=x.device) for n in (len(cu_seqlens) - 1, past))
+        place = cu_seqlens.diff().to(torch.int64)[:, None] - past + slot
+        return self._inputs(x, tail, cu_seqlens, every[:, None].expand_as(place), place)
 
-    def _shifted(self, x: Tensor, cu_seqlens: Tensor) -> list[Tensor]:
-        """Packed sequences that begin: whatever lies before a token's own sequence is zero. Gathers nothing, so its gradient scatters nothing."""
-        place = positions(x.shape[1], None, cu_seqlens, x.device)[..., None]
-        past = self.width - 1
-        return [window * (place >= past - j) for j, window in enumerate(self._dense(x, None)[0])]
-
-    def _packed(self, x: Tensor, tail: Tensor, cu_seqlens: Tensor) -> tuple[list[Tensor], Tensor]:
-        past, T, N = self.width - 1, x.shape[1], cu_seqlens.shape[0] - 1
-        rows = torch.cat(
-            [x[0], tail.flatten(0, 1)]
-        )  # token t is row t; slot s of sequence n's tail is row T + n * past + s
-        token = torch.arange(T, device=x.device)
-        sequence = torch.searchsorted(cu_seqlens, token, right=True) - 1
-        place = token - cu_seqlens[sequence]
-
-        def row(sequence: Tensor, place: Tensor) -> Tensor:
-            """The row of the input at `place` of `sequence`; places below 0 are in the tail."""
-            return torch.where(place >= 0, cu_seqlens[sequence] + place, T + (sequence + 1) * past + place)
-
-        windows = [rows[row(sequence, place - past + j)][None] for j in range(self.width)]
-        every, slot = torch.arange(N, device=x.device)[:, None], torch.arange(past, device=x.device)
-        return windows, rows[row(every.expand(N, past), cu_seqlens.diff()[:, None] - past + slot)]
+    def _inputs(self, x: Tensor, tail: Tensor, cu_seqlens: Tensor, sequence: Tensor, place: Tensor) -> Tensor:
+        """The inputs `[..., D]` at `place` `[...]` of `sequence` `[...]`; places below 0 are in the tail."""
+        rows = torch.cat([x[0], tail.flatten(0, 1)])  # slot s of sequence n's tail is row T + n * past + s
+        in_tail = x.shape[1] + (sequence + 1) * (self.width - 1) + place
+        return rows[torch.where(place >= 0, cu_seqlens.to(torch.int64)[sequence] + place, in_tail)]
 
     def flops_per_token(self, context: int) -> int:
         """Forward FLOPs of one token."""

@@ -124,7 +124,7 @@ def _backward(ctx, do, dfinal_state, _dsaved):
     q, k, v, beta, g, initial_state, cu_seqlens, *saved = ctx.saved_tensors
     do = torch.zeros_like(v) if do is None else do
     dfinal_state = dfinal_state if ctx.has_state else None
-    gradients = _gradients if _plain(do) else _delta_rule_backward
+    gradients = _gradients if plain(do) else _delta_rule_backward
     dq, dk, dv, dbeta, dg, dstate = gradients(
         do, dfinal_state, q, k, v, beta, g, ctx.scale, initial_state, cu_seqlens, saved, ctx.algorithm, ctx.backend
     )
@@ -148,7 +148,7 @@ class _Eager(torch.autograd.Function):
         return _backward(ctx, do, dfinal_state, None)
 
 
-def _plain(x: Tensor) -> bool:
+def plain(x: Tensor) -> bool:
     """Whether nobody looks on: no compiler, no tracing, no dispatch mode, no tensor subclass."""
     return (
         type(x) in (Tensor, torch.nn.Parameter)
@@ -179,7 +179,7 @@ def run(
     needed = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
     save = memory if needed else "nothing"
     call = (q, k, v, beta, g, scale, initial_state, cu_seqlens, output_final_state, save, algorithm, backend)
-    if not _plain(q):
+    if not plain(q):
         o, state, _ = _delta_rule(*call)
     elif needed:
         o, state = _Eager.apply(*call)
@@ -199,4 +199,4 @@ def step(
     backend: str,
 ) -> Tensor:
     """Run a checked decode step; BackendError when `backend` cannot."""
-    return (_step if _plain(q) else _decode_step)(q, k, v, beta, g, scale, state, backend)
+    return (_step if plain(q) else _decode_step)(q, k, v, beta, g, scale, state, backend)
