@@ -15,7 +15,7 @@ WORDS = {
     r"(?<![\w.])print\(": ("cli/",),
     r"\btl\.|\bgl\.": ("kernels/",),
     r"\bget_device_capability\b": ("ops/backends.py",),
-    r"\btorch\.library\b|\bautograd\.Function\b": ("ops/autograd.py", "ops/selective_scan.py", "ops/short_conv.py"),
+    r"\btorch\.library\b|\bautograd\.Function\b": ("ops/autograd.py", "ops/cross_entropy.py", "ops/selective_scan.py", "ops/short_conv.py"),
     r"\bget_rank\b|\bget_world_size\b": ("training/distributed.py",),
     r"\bimport pickle\b|\btorch\.load\b|\bpickle\.loads?\b": (),
 }

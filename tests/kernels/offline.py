@@ -138,6 +138,8 @@ def calls(row: str):
         return hopper_forward_calls(int(dim), gated=rule == "gated")
     if algorithm == "hopper_backward":
         return hopper_backward_calls(int(dim), gated=rule == "gated")
+    if algorithm == "cross_entropy":
+        return [lambda: cross_entropy_call(int(dim))]
     if algorithm == "short_conv":
         return [lambda: short_conv_call(int(dim), packed=rule == "packed")]
     dtype = {"2": torch.bfloat16, "4": torch.float32}[itemsize]
@@ -188,6 +190,16 @@ def short_conv_call(unit: int, *, packed: bool):
     )
     short_conv_forward(x, weight, bias, tail, cu_seqlens, "silu", unit, 1e-6)
     short_conv_backward(x, x, weight, bias, tail, cu_seqlens, "silu", unit, 1e-6)
+
+
+def cross_entropy_call(vocabulary: int):
+    import torch
+
+    from deltanet.kernels.triton.cross_entropy import cross_entropy_backward, cross_entropy_forward
+
+    logits, targets, lse = torch.zeros(3, vocabulary, dtype=torch.bfloat16), torch.zeros(3, dtype=torch.int64), torch.zeros(3)
+    cross_entropy_forward(logits, targets, lse, lse)
+    cross_entropy_backward(logits, targets, lse, lse)
 
 
 def hopper_forward_calls(D: int, *, gated: bool):

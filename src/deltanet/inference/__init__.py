@@ -5,5 +5,6 @@ May import models, data and below. Used by evaluation, training (samples during 
 
 from deltanet.inference.generate import Ready, decode, generate, prefill, stream_text
 from deltanet.inference.sampling import GREEDY, Sampling
+from deltanet.inference.step import Step
 
-__all__ = ["GREEDY", "Ready", "Sampling", "decode", "generate", "prefill", "stream_text"]
+__all__ = ["GREEDY", "Ready", "Sampling", "Step", "decode", "generate", "prefill", "stream_text"]

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from deltanet.data import Tokenizer
 from deltanet.inference.sampling import Draws, Sampling, choose
+from deltanet.inference.step import Step
 from deltanet.models import LanguageModel
 
 PREFILL_TOKENS = (
@@ -89,15 +90,14 @@ def decode(
 def _steps(
     model: LanguageModel, ready: Ready, sampling: Sampling, max_tokens: int, stop: Sequence[int]
 ) -> Iterator[Tensor]:
-    logits, state = ready
+    logits, step = ready.logits, Step(model, ready.state)
     draws = Draws(sampling.seed, logits.shape[0])
     stops = torch.tensor(list(stop), dtype=torch.int64, device=logits.device)
     done = torch.zeros(logits.shape[0], dtype=torch.bool, device=logits.device)
     tokens = torch.empty(0)
     for count in range(max_tokens):
         if count:
-            out, state = model(tokens[:, None], state)
-            logits = out[:, -1]
+            logits = step(tokens)
         chosen = choose(logits, sampling, draws)
         tokens = torch.where(done, tokens, chosen) if count else chosen
         yield tokens

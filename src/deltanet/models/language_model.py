@@ -30,11 +30,12 @@ from deltanet.layers import (
     widen,
 )
 from deltanet.ops import pack
+from deltanet.ops.cross_entropy import fused_linear_cross_entropy, refuse_cross_entropy
 from deltanet.ops.segments import ready_to_compile
 
 __all__ = ["Block", "LanguageModel", "MixerConfig", "ModelConfig", "check_fits", "init_weights"]
 
-LOGITS = 2**24  # most logits held at a time when losses are computed: 64 MiB in fp32
+LOGITS = 2**24  # most logits held at a time when PyTorch computes losses: 64 MiB in fp32
 
 State: TypeAlias = tuple[Any, ...]  # one state per block
 
@@ -246,6 +247,8 @@ class LanguageModel(nn.Module):
         """
         x = self.hidden(tokens, cu_seqlens=cu_seqlens)[0].flatten(0, 1)
         flat = targets.flatten()
+        if refuse_cross_entropy(x) is None:
+            return fused_linear_cross_entropy(x, self.lm_head.weight, flat).view(targets.shape)
         piece = max(1, LOGITS // self.config.vocab_size)
         if len(x) <= piece:
             losses = self._cross_entropy(x, flat)
