@@ -73,11 +73,12 @@ def _inverse_norm(h, in_d, eps, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def _before(x, tail, part, stride, D, channel, in_d, WIDTH: tl.constexpr, TAIL: tl.constexpr):
+def _before(x, tail, part, tokens, stride, D, channel, in_d, WIDTH: tl.constexpr, TAIL: tl.constexpr):
     """The P inputs before a part whose first token is at `x`, oldest first; before a sequence's first part they are the tail that ends at `tail`."""
     window = ()
+    inside = in_d & (part > 0) & (tokens > 0)  # a place without a part may lie beyond all tokens
     for i in tl.static_range(WIDTH - 1):
-        value = tl.load(x + (i - (WIDTH - 1)) * stride + channel, mask=in_d & (part > 0), other=0.0).to(tl.float32)
+        value = tl.load(x + (i - (WIDTH - 1)) * stride + channel, mask=inside, other=0.0).to(tl.float32)
         if TAIL:
             value += tl.load(tail + (i - (WIDTH - 1)) * D + channel, mask=in_d & (part == 0), other=0.0).to(tl.float32)
         window += (value,)
@@ -137,7 +138,7 @@ def forward(
     start = tl.zeros([UNITS, BK], tl.float32)
     if BIAS:
         start += tl.load(b + channel, mask=in_d, other=0.0).to(tl.float32)
-    window = _before(x, tail, part, stride, D, channel, in_d, WIDTH, TAIL)
+    window = _before(x, tail, part, tokens, stride, D, channel, in_d, WIDTH, TAIL)
     for t in range(0, tokens, ROWS):
         inputs = ()
         for i in tl.static_range(ROWS):
@@ -199,7 +200,7 @@ def backward(
     start = zero
     if BIAS:
         start += tl.load(b + channel, mask=in_d, other=0.0).to(tl.float32)
-    window = _before(x, tail, part, stride, D, channel, in_d, WIDTH, TAIL)
+    window = _before(x, tail, part, tokens, stride, D, channel, in_d, WIDTH, TAIL)
     dps = (zero,) * P  # of the P tokens before, oldest first
     sums = (zero,) * WIDTH
     sum_b = zero
