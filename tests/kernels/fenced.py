@@ -6,7 +6,6 @@ A script, because being killed is the answer: its exit code is 0 or that of a se
 import ctypes
 import mmap
 import os
-import sys
 
 os.environ["TRITON_INTERPRET"] = "1"
 
