@@ -52,7 +52,7 @@ class Trainee:
         if options.weights == "bfloat16":
             self.model.bfloat16()
         self.autocast = options.weights == "float32" and self.device.type == "cuda"
-        self.model.checkpoint_blocks = options.checkpoint_blocks
+        self.model.recompute = options.recompute
         self.packs = options.compile and not options.rows
         if options.compile:
             self.model.compile_blocks()
@@ -138,7 +138,7 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="torch.compile over each block")
     parser.add_argument("--rows", action="store_true", help="compiled, too, leave rows without documents unpacked (compiles twice)")
     parser.add_argument("--generate", action="store_true", help="also the ms of a generated token after the first length, in bfloat16")
-    parser.add_argument("--checkpoint-blocks", action="store_true")
+    parser.add_argument("--recompute", default="nothing", choices=("nothing", "cheap", "blocks"), help="as train.recompute")
     parser.add_argument("--seconds", type=float, default=2.0, help="of measuring, a row")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=None, help="a .json file; the plot goes beside it")

@@ -6,8 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support import relative_error
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from deltanet.layers import DeltaNetConfig
+from deltanet.layers import DeltaNet, DeltaNetConfig
 from deltanet.models import SIZES, LanguageModel, ModelConfig, preset
 from deltanet.models import language_model as module
 
@@ -95,17 +96,43 @@ def test_losses_are_cross_entropy(model: LanguageModel, monkeypatch: pytest.Monk
         torch.testing.assert_close(got, want)
 
 
-def test_checkpointing_changes_memory_alone(model: LanguageModel) -> None:
+class Products(TorchDispatchMode):
+    """Counts products of matrices, the delta rule, and everything else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.expensive = self.others = 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        expensive = op._opname in module.EXPENSIVE
+        self.expensive, self.others = self.expensive + expensive, self.others + (not expensive)
+        return op(*args, **(kwargs or {}))
+
+
+def test_recomputing_changes_memory_alone(model: LanguageModel) -> None:
     tokens, targets = ids(2, 70), ids(2, 70).roll(1, 1)
-    calls = []
-    for block in model.layers:
-        block.register_forward_pre_hook(lambda *_: calls.append(1))
-    plain = torch.autograd.grad(model.losses(tokens, targets).sum(), list(model.parameters()))
-    assert len(calls) == 2
-    model.checkpoint_blocks = True
-    kept = torch.autograd.grad(model.losses(tokens, targets).sum(), list(model.parameters()))
-    assert len(calls) == 6  # once more each, in the backward
-    assert all(torch.equal(a, b) for a, b in zip(plain, kept, strict=True))
+    gradients, counted = {}, {}
+    for model.recompute in ("nothing", "cheap", "blocks"):
+        with Products() as products:
+            gradients[model.recompute] = torch.autograd.grad(model.losses(tokens, targets).sum(), list(model.parameters()))
+        counted[model.recompute] = products
+    for other in ("cheap", "blocks"):
+        assert all(torch.equal(a, b) for a, b in zip(gradients["nothing"], gradients[other], strict=True))
+        assert counted[other].others > counted["nothing"].others
+    assert counted["cheap"].expensive == counted["nothing"].expensive
+    rules = sum(isinstance(module, DeltaNet) for module in model.modules())
+    assert counted["blocks"].expensive > counted["nothing"].expensive + rules
+
+
+@pytest.mark.parametrize("recompute", ["cheap", "blocks"])
+def test_recomputing_blocks_compile_whole(model: LanguageModel, recompute: str) -> None:
+    tokens, targets = ids(2, 70), ids(2, 70).roll(1, 1)
+    wanted = torch.autograd.grad(model.losses(tokens, targets).sum(), list(model.parameters()))
+    model.recompute = recompute
+    model._train_block = torch.compile(module._train_block, backend="aot_eager", fullgraph=True)
+    got = torch.autograd.grad(model.losses(tokens, targets).sum(), list(model.parameters()))
+    for a, b in zip(got, wanted, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_tied_head_is_one_matrix() -> None:

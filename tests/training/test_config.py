@@ -57,7 +57,7 @@ trainings = st.builds(
     learning_rate=st.floats(0, 100),
     learning_rate_floor=st.floats(0, 1),
     precision=st.sampled_from(["auto", "float32", "bfloat16"]),
-    checkpoint_blocks=st.booleans(),
+    recompute=st.sampled_from(["nothing", "cheap", "blocks"]),
     seed=st.integers(0, (1 << 63) - 1),
     on_nonfinite=st.sampled_from(["stop", "skip"]),
 )

@@ -248,7 +248,7 @@ def test_recomputing_blocks_keeps_the_run(config: RunConfig, tmp_path: Path, lis
     kept, recomputed = listen(), listen()
     train(config, tmp_path / "kept", kept)
     assert sum(calls) == 12
-    train(change(config, checkpoint_blocks=True), tmp_path / "recomputed", recomputed)
+    train(change(config, recompute="blocks"), tmp_path / "recomputed", recomputed)
     assert sum(calls) == 12 + 2 * 12
     assert recomputed.losses == pytest.approx(kept.losses, rel=1e-6)
 

@@ -8,12 +8,13 @@ beside those of a mixer's own.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeAlias, cast
+from functools import partial
+from typing import Any, Literal, TypeAlias, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from deltanet.layers import (
     AttentionConfig,
@@ -152,8 +153,27 @@ def init_weights(model: nn.Module, *, std: float, depth: int, generator: torch.G
                 weight.mul_((2 * depth) ** -0.5)
 
 
-def _train_block(block: nn.Module, x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    return block(x, None, cu_seqlens)[0]
+# What "cheap" keeps between forward and backward: products of matrices, attention, scans, the delta rule. All else is a pass over memory.
+EXPENSIVE = {
+    "mm", "addmm", "bmm", "baddbmm", "delta_rule", "selective_scan", "_varlen_attn",
+    *(f"_scaled_dot_product_{kind}" for kind in ("flash_attention", "efficient_attention", "cudnn_attention", "flash_attention_for_cpu")),
+}  # fmt: skip
+
+
+def _keep_expensive(_context: object, op: torch._ops.OpOverload, *_args: object, **_options: object) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if op._opname in EXPENSIVE else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+_RECOMPUTE: dict[str, Any] = {"cheap": {"context_fn": partial(create_selective_checkpoint_contexts, _keep_expensive)}, "blocks": {}}
+
+
+def _train_block(block: nn.Module, x: Tensor, cu_seqlens: Tensor | None, recompute: str) -> Tensor:
+    def forward(x: Tensor) -> Tensor:
+        return block(x, None, cu_seqlens)[0]
+
+    if recompute == "nothing":
+        return forward(x)
+    return checkpoint(forward, x, use_reentrant=False, preserve_rng_state=False, **_RECOMPUTE[recompute])
 
 
 class LanguageModel(nn.Module):
@@ -167,8 +187,8 @@ class LanguageModel(nn.Module):
     def __init__(self, config: ModelConfig, *, backend: str = "auto", memory: str = "states") -> None:
         super().__init__()
         self.config = config
-        self.checkpoint_blocks = False  # recompute each block in the backward: less memory, about a third more time
-        self._train_block: Callable[[nn.Module, Tensor, Tensor | None], Tensor] = _train_block
+        self.recompute: Literal["nothing", "cheap", "blocks"] = "nothing"  # of a block, in the backward (TrainConfig says more)
+        self._train_block: Callable[[nn.Module, Tensor, Tensor | None, str], Tensor] = _train_block
         self.embeddings = nn.Embedding(config.vocab_size, config.d_model)
         pattern = [config.layers[i % len(config.layers)] for i in range(config.depth)]
         self.layers = nn.ModuleList(Block(config, mixer, backend=backend, memory=memory) for mixer in pattern)
@@ -213,10 +233,8 @@ class LanguageModel(nn.Module):
         if training and cu_seqlens is not None and self._train_block is not _train_block:
             ready_to_compile(cu_seqlens)
         for i, block in enumerate(self.layers):
-            if training and self.checkpoint_blocks:
-                x = checkpoint(self._train_block, block, x, cu_seqlens, use_reentrant=False)
-            elif training:
-                x = self._train_block(block, x, cu_seqlens)
+            if training:
+                x = self._train_block(block, x, cu_seqlens, self.recompute)
             else:
                 x, new = block(x, None if state is None else state[i], cu_seqlens)
                 states.append(new)

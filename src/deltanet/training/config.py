@@ -75,8 +75,9 @@ class TrainConfig:
     """Keep the states of all chunks for the backward pass, or recompute them there: less memory, more time."""
     compile: bool = False
     """Train blocks as torch.compile makes them: up to three times as fast on a GPU, after half a minute."""
-    checkpoint_blocks: bool = False
-    """Recompute each block in the backward pass instead of keeping its activations: less memory, a third more time."""
+    recompute: Literal["nothing", "cheap", "blocks"] = "nothing"
+    """What the backward pass makes again instead of keeping it. cheap: norms, activations and convolutions, not products of matrices nor what
+    mixes tokens; blocks: all of a block but its input, a third more time."""
     seed: int = 0
     """Decides the initial weights and the order of the windows."""
     evaluate_every: int = 250

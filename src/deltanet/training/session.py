@@ -64,7 +64,7 @@ class Session:
         self.model = LanguageModel(config.model, backend=config.train.backend, memory=config.train.memory)
         self.model.init_weights(torch.Generator().manual_seed(seed))
         self.model.check_room(config.train.sample_tokens)
-        self.model.checkpoint_blocks = config.train.checkpoint_blocks
+        self.model.recompute = config.train.recompute
         self.model.to(self.device)
         if config.train.compile:
             self.model.compile_blocks()
