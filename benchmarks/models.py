@@ -137,7 +137,8 @@ def main() -> None:
     parser.add_argument("--weights", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--compile", action="store_true", help="torch.compile over each block")
     parser.add_argument("--rows", action="store_true", help="compiled, too, leave rows without documents unpacked (compiles twice)")
-    parser.add_argument("--generate", action="store_true", help="also the ms of a generated token after the first length, in bfloat16")
+    help = "also generation after the first length, in bfloat16, of so many sequences at a time (1 if no number is given)"
+    parser.add_argument("--generate", nargs="*", type=int, metavar="B", help=help)
     parser.add_argument("--recompute", default="nothing", choices=("nothing", "cheap", "blocks"), help="as train.recompute")
     parser.add_argument("--seconds", type=float, default=2.0, help="of measuring, a row")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -167,9 +168,11 @@ def main() -> None:
                 print(f"{name:<16} {batch:>3} x {length:<6} {row['error']}", flush=True)
             result["rows"].append(row)
             write(options.out, result)
-        if options.generate:
-            row = {"model": name, "context": shapes[0][1], "generation_ms": token_ms(trainee.model.bfloat16(), shapes[0][1])}
-            print(f"{name:<16} {row['generation_ms']:.2f} ms a token", flush=True)
+        for batch in [] if options.generate is None else options.generate or [1]:
+            trainee.optimizer.zero_grad(set_to_none=True)
+            ms = token_ms(trainee.model.bfloat16(), shapes[0][1], batch)
+            row = {"model": name, "context": shapes[0][1], "batch": batch, "generation_ms": ms, "tokens_per_second": 1e3 * batch / ms}
+            print(f"{name:<16} {ms:.2f} ms a token of {batch} sequences", flush=True)
             result.setdefault("generation", []).append(row)
         write(options.out, result)
         del trainee

@@ -25,7 +25,7 @@ def test_rows_and_picture(models, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     out = tmp_path / "throughput.json"
     arguments = ["--size", "nano", "--depth", "1", "--vocab-size", "31", "--models", "deltanet", "transformer++", "--shapes", "2x8", "1x16"]
     monkeypatch.setattr(
-        sys, "argv", ["models.py", *arguments, "--documents", "2", "--generate", "--seconds", "0.01", "--device", "cpu", "--out", str(out)]
+        sys, "argv", ["models.py", *arguments, "--documents", "2", "--generate", "1", "3", "--seconds", "0.01", "--device", "cpu", "--out", str(out)]
     )
     models.main()
     result = json.loads(out.read_text())
@@ -38,7 +38,8 @@ def test_rows_and_picture(models, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     for row in result["rows"]:
         assert row["tokens_per_second"] == pytest.approx(16 / (row["step_ms"] / 1e3))
         assert row["steps"] >= 3
-    assert [row["model"] for row in result["generation"]] == ["deltanet", "transformer++"]
+    generated = [(row["model"], row["batch"]) for row in result["generation"]]
+    assert generated == [("deltanet", 1), ("deltanet", 3), ("transformer++", 1), ("transformer++", 3)]
     assert out.with_suffix(".png").exists() == plots.can_plot()
     assert "2 x 8" in capsys.readouterr().out
 

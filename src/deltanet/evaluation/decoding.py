@@ -65,7 +65,8 @@ def decoding_costs(model: LanguageModel, contexts: Sequence[int]) -> list[Decodi
         for i, (context, state) in enumerate(zip(contexts, states, strict=True)):
             for layer in cache:
                 layer.length = context
-            own, other = ModelStep(model, state), AttentionStep(twin, cache)
+            # No CUDA graph: attention's cache grows, so its step cannot be one.
+            own, other = ModelStep(model, state, graph=False), AttentionStep(twin, cache)
             times = (_milliseconds(own, weight.device), _milliseconds(other, weight.device))
             best[i] = (min(best[i][0], times[0]), min(best[i][1], times[1]))
     token_bytes = sum(2 * layer.keys[:, :, 0].nbytes for layer in cache)
@@ -82,17 +83,17 @@ def decoding_costs(model: LanguageModel, contexts: Sequence[int]) -> list[Decodi
 
 
 @torch.no_grad()
-def token_ms(model: LanguageModel, context: int) -> float:
-    """Milliseconds per generated token of one sequence, greedy, after `context` random tokens; the fastest one counts."""
-    text = torch.randint(model.config.vocab_size, (context,), generator=torch.Generator().manual_seed(0))
-    return _milliseconds(ModelStep(model, prefill(model, [text]).state), model.lm_head.weight.device)
+def token_ms(model: LanguageModel, context: int, batch: int = 1) -> float:
+    """Milliseconds until each of `batch` sequences has its next token, greedy, after `context` random ones; the fastest of several counts."""
+    text = torch.randint(model.config.vocab_size, (batch, context), generator=torch.Generator().manual_seed(0))
+    return _milliseconds(ModelStep(model, prefill(model, list(text)).state), model.lm_head.weight.device, batch)
 
 
 class ModelStep:
     """One greedy step after another, from a state."""
 
-    def __init__(self, model: LanguageModel, state: tuple) -> None:
-        self._step = Step(model, state)
+    def __init__(self, model: LanguageModel, state: tuple, *, graph: bool = True) -> None:
+        self._step = Step(model, state, graph=graph)
 
     def __call__(self, token: Tensor) -> Tensor:
         return self._step(token[:, 0]).argmax(-1, keepdim=True)
@@ -170,8 +171,8 @@ class AttentionBlock(nn.Module):
         return x + self.feed_forward(self.feed_forward_norm(x))
 
 
-def _milliseconds(step: Callable[[Tensor], Tensor], device: torch.device) -> float:
-    token = torch.zeros(1, 1, dtype=torch.int64, device=device)
+def _milliseconds(step: Callable[[Tensor], Tensor], device: torch.device, batch: int = 1) -> float:
+    token = torch.zeros(batch, 1, dtype=torch.int64, device=device)
     times = []
     for count in range(WARM_UP + TIMED):
         _wait(device)

@@ -16,11 +16,11 @@ EAGER = 8  # tokens before a step is captured, which takes as long as some tens 
 class Step:
     """`step(tokens)`: logits `[B, vocabulary]` after `tokens` `[B]`, good until the next call; the state goes on, the one given stays as it is.
 
-    A state that grows, as that of attention without a window does, is never captured: the next token's would not fit.
+    With `graph`, captured where that can be. A state that grows, as that of attention without a window does, cannot: the next token's would not fit.
     """
 
-    def __init__(self, model: LanguageModel, state: Any) -> None:
-        self._model, self._state, self._taken = model, state, 0
+    def __init__(self, model: LanguageModel, state: Any, *, graph: bool = True) -> None:
+        self._model, self._state, self._taken, self._may_capture = model, state, 0, graph
         self._graph: torch.cuda.CUDAGraph | None = None
 
     @torch.no_grad()
@@ -32,7 +32,7 @@ class Step:
         logits, state = self._model(tokens[:, None], self._state)
         before, self._state = self._state, state
         self._taken += 1
-        if self._taken == EAGER and tokens.is_cuda:
+        if self._may_capture and self._taken == EAGER and tokens.is_cuda:
             shapes = [[x.shape for x in _tensors(s)] for s in (before, state)]
             if shapes[0] == shapes[1]:
                 self._capture(tokens)
