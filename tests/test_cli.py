@@ -255,6 +255,21 @@ def test_comparing_leaves_a_table_and_goes_on(place, tmp_path):
     assert [row["model"] for row in json.loads(line)["rows"]] == ["transformer++", "deltanet-noconv"]
 
 
+def test_a_comparison_that_cannot_begin_leaves_nothing_behind(place, tmp_path):
+    """Said once, not once a model; and the corrected command may use the same folder."""
+    folder, _ = place
+    out = tmp_path / "out"
+    code, text, err = finish(start(*COMPARE, "--data", "none.txt", "--out", out, "--quiet", cwd=folder))
+    assert (code, text) == (2, "")
+    assert re.fullmatch(r"deltanet: error: [^\n]*none.txt[^\n]*\n", err)
+    assert not out.exists()
+    # time is over before a model is finished: the others have theirs all the same, and the next call goes on
+    code, text, err = finish(start(*COMPARE, "--steps", "100000", "--minutes", "0.005", "--out", out, "--quiet", cwd=folder))
+    assert (code, text) == (1, "")
+    assert err == "deltanet: not finished: deltanet-noconv, transformer++; the same command goes on with them\n"
+    assert all(read_metrics(out / model) for model in ("deltanet-noconv", "transformer++"))
+
+
 def test_a_comparison_from_a_file(here, capsys, tmp_path):
     out = tmp_path / "out"
     assert run(capsys, *COMPARE, "--steps", 0, "--only", "deltanet-noconv", "--out", out, "--quiet")[0] == 0

@@ -1,5 +1,6 @@
 """`deltanet compare`: a process for each model, as many at a time as there are GPUs to use; then one table and one plot."""
 
+import contextlib
 import dataclasses
 import queue
 import subprocess
@@ -15,11 +16,13 @@ import tyro
 from rich.console import Console
 
 from deltanet.cli.options import parse
+from deltanet.cli.runs import read_status
 from deltanet.cli.screen import JsonScreen, Screen, TextScreen
 from deltanet.cli.train import implied, last_value, with_sections
 from deltanet.training import default_run
 from deltanet.training.compare import (
     LINE_UP,
+    SETTINGS,
     TABLE,
     Comparison,
     begin,
@@ -70,12 +73,15 @@ def run(args: list[str]) -> int:
         raise ValueError(f"gpus must be at most the {torch.cuda.device_count()} that are there, got {options.gpus}")
     if options.only is not None:
         return train_here(comparison, options, out)
+    new = not (out / SETTINGS).exists()
     begin(comparison, options.models, out)
     left = [model for model in options.models if read_row(out / model) is None]
-    if left:
-        codes = train_side_by_side(args, options, left, out)
-        if 130 in codes:
-            return 130
+    codes = train_side_by_side(args, options, left, out) if left else [0]
+    if 130 in codes:
+        return 130
+    if new and max(codes) and not any((out / model / "config.toml").exists() for model in left):
+        forget(out, left)
+        return max(codes)
     rows, paths = write_table(comparison, out)
     if options.json:
         print((out / f"{TABLE}.json").read_text(encoding="utf-8").replace("\n", ""))
@@ -85,7 +91,17 @@ def run(args: list[str]) -> int:
     missing = [model for model in options.models if model not in {row.model for row in rows}]
     if missing:
         print(f"deltanet: not finished: {', '.join(missing)}; the same command goes on with them", file=sys.stderr)
-    return 1 if missing else 0
+    return max(1, *codes) if missing else 0
+
+
+def forget(out: Path, models: list[str]) -> None:
+    """Leaves the folder as it was when no model could begin, so that nothing holds the next call to settings that did not fit."""
+    (out / SETTINGS).unlink()
+    with contextlib.suppress(OSError):  # it is not empty: not all of it is ours
+        for folder in (out / model for model in models if (out / model).exists()):
+            (folder / ".lock").unlink(missing_ok=True)
+            folder.rmdir()
+        out.rmdir()
 
 
 def compare_options(args: list[str]) -> tuple[CompareOptions, Comparison]:
@@ -121,7 +137,7 @@ def train_here(comparison: Comparison, options: CompareOptions, out: Path) -> in
         row = train_and_measure(comparison, model, out, screen)
     finally:
         screen.close()
-    return 130 if row is None else 0
+    return 130 if row is None and read_status(out / model).get("status") == "interrupted" else 0  # else time was over
 
 
 def train_side_by_side(args: list[str], options: CompareOptions, models: list[str], out: Path) -> list[int]:
@@ -135,13 +151,13 @@ def train_side_by_side(args: list[str], options: CompareOptions, models: list[st
         device = devices.get()
         try:
             if failed.is_set():
-                return 130
+                return 0
             placed = [] if device is None else ["--train.device", device]
             command = [sys.executable, "-m", "deltanet", "compare", *args, "--out", str(out), "--only", model, *placed]
             if not (options.json or options.quiet):
                 print(f"== {model}" + (f" on {device}" if device else ""), flush=True)
             code = follow(command, model if options.gpus > 1 and not options.json else None)
-            if code == 130:
+            if code in (2, 130):  # bad input, which the others would meet too, or Ctrl-C
                 failed.set()
             return code
         finally:
