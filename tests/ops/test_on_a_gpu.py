@@ -191,6 +191,30 @@ def test_warmup_leaves_nothing_to_compile(rule, options: dict, monkeypatch: pyte
     assert seen == []
 
 
+def test_whoever_hooks_into_triton_sees_every_launch() -> None:
+    """Profilers do; without one, calls skip the preparation for it. The first call goes through Triton's front door, the second does not."""
+    from triton import knobs
+
+    x = cuda_inputs()
+    leaves, seen = x.leaves(), []
+    call = ("q", "k", "v", "beta")
+    chunk_delta_rule(*(leaves[n] for n in call), backend="triton")
+
+    def note(metadata) -> None:
+        seen.append(metadata.get()["name"])
+
+    knobs.runtime.launch_enter_hook.add(note)
+    try:
+        o, _ = chunk_delta_rule(*(leaves[n] for n in call), backend="triton")
+        torch.autograd.grad(o, [leaves[n] for n in call], x.do)
+    finally:
+        knobs.runtime.launch_enter_hook.remove(note)
+    assert {"transform", "forward", "state_gradient", "gradients"} <= set(seen)
+    count = len(seen)
+    chunk_delta_rule(*(leaves[n] for n in call), backend="triton")
+    assert len(seen) == count
+
+
 @pytest.mark.parametrize("rule", RULES)
 def test_a_cuda_graph_captures_forward_and_backward(rule) -> None:
     x = cuda_inputs(gate=0.1, state=True)
