@@ -314,9 +314,8 @@ def main() -> None:
     if options.cold_start:  # before anything else compiles
         result["cold_start_s"] = {f"{b} {rule}": cold_start_s(shapes[0], options, b, rule) for rule in options.rules for b in options.backends}
         print(f"first forward and backward with an empty cache, s: {result['cold_start_s']}", flush=True)
-    wanted = ((peer, g, s.H, s.D) for g in rules for s in shapes for peer in peers.values() if peer.can(gated=g, head_dim=s.D))
-    families = list(dict.fromkeys((peer.name, *rest) for peer, *rest in wanted))
-    ahead = CompileAhead(families) if options.compile_ahead and families else None
+    calls = [(peer.name, g, str(s)) for s in shapes for g in rules for peer in peers.values() if peer.can(gated=g, head_dim=s.D)]
+    ahead = CompileAhead(calls) if options.compile_ahead and calls else None
     if options.search_ms:
         shorten_search(*options.search_ms)
     x = make(Shape(1, 64, shapes[0].H, shapes[0].D), False, device, dtype)
@@ -341,7 +340,7 @@ def main() -> None:
                     continue
                 try:
                     if ahead is not None and subject.name in PEERS:
-                        ahead.wait((subject.name, gated, shape.H, shape.D))
+                        ahead.wait((subject.name, gated, str(shape)))
                     save(step(row, subject, shape, gated))
                 except Exception as error:
                     traceback.print_exc()
@@ -374,8 +373,8 @@ def main() -> None:
     now = result["environments"][-1]
     if ahead is not None:  # errors need no quiet machine, times do
         each(own, proved)
-        for family in families:
-            ahead.wait(family)
+        for call in calls:
+            ahead.wait(call)
     limit, cold = limits(device), Cold(device)
     result["limits"] = asdict(limit)
     print(f"{now['device']}: copy {limit.bytes_per_second / 1e12:.2f} TB/s, matmul {limit.flops_per_second / 1e12:.0f} TFLOP/s", flush=True)

@@ -41,6 +41,7 @@ class Peer:
 
 
 def _fla_chunk() -> Operator:
+    os.environ["FLA_FLASH_QLA"] = "0"  # or it hands gated calls to FlashQLA where that is installed: here each is measured as itself
     from fla.ops.delta_rule import chunk_delta_rule
     from fla.ops.gated_delta_rule import chunk_gated_delta_rule
 
@@ -67,8 +68,8 @@ def _flash_qla() -> Operator:
 PEERS = {
     peer.name: peer
     for peer in (
-        # The gated backward of fla raises on Hopper under Triton 3.4 to 3.7.0, so only its forward is run.
-        Peer("fla", "fla", "chunk", (False, True), (False,), _fla_chunk),
+        # The gated backward of fla raises on Hopper under Triton 3.4 to 3.7.0 unless TileLang is installed, which has one of its kernels.
+        Peer("fla", "fla", "chunk", (False, True), (False, True) if util.find_spec("tilelang") else (False,), _fla_chunk),
         Peer("fla-recurrent", "fla", "recurrent", (False,), (False,), _fla_recurrent),
         Peer("flash-qla", "flash_qla", "chunk", (True,), (True,), _flash_qla, head_dims=(128,)),
     )
@@ -83,33 +84,33 @@ def importable(names: list[str]) -> dict[str, Peer]:
     return {name: PEERS[name] for name in names if util.find_spec(PEERS[name].package) is not None}
 
 
-Family = tuple[str, bool, int, int]  # peer, whether gated, heads, head dimension: what a peer compiles kernels for
+Call = tuple[str, bool, str]  # peer, whether gated, shape as BxTxHxD
 
 
 class CompileAhead:
     """Compiles what peers would compile at their first calls, on all cores: all settings that fla's search will try, FlashQLA's kernels.
 
-    It goes family by family in the background, at low priority, into the caches of Triton and TileLang. Settings that an earlier search left
+    It goes call by call in the background, at low priority, into the caches of Triton and TileLang. Settings that an earlier search left
     in Triton's cache as the best are compiled alone.
     """
 
-    def __init__(self, families: list[Family], workers: int | None = None):
-        self.start, self.workers = time.perf_counter(), workers or os.cpu_count() or 1
+    def __init__(self, calls: list[Call], workers: int | None = None):
+        self.start, self.workers = time.perf_counter(), workers or len(os.sched_getaffinity(0))
         self.folder = Path(tempfile.mkdtemp())
-        self.families = families
-        self.done: dict[str, float] = {}  # seconds after which a family was compiled
+        self.calls = calls
+        self.done: dict[str, float] = {}  # seconds after which a call was compiled
         command = ["nice", "-n", "19", sys.executable, __file__, "--compile", str(self.folder)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        names = [_name(family) for family in families]
+        names = [_name(call) for call in calls]
         self.processes = [
             subprocess.Popen([*command, str(part), str(self.workers), *names], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
             for part in range(self.workers)
         ]
 
-    def wait(self, family: Family) -> None:
-        """Until a family is compiled, or nobody is left to compile it: then the peer will by itself."""
-        name = _name(family)
-        while family in self.families and name not in self.done:
+    def wait(self, call: Call) -> None:
+        """Until a call is compiled, or nobody is left to compile it: then the peer will by itself."""
+        name = _name(call)
+        while call in self.calls and name not in self.done:
             finished = all((self.folder / f"{name}-{part}").exists() for part in range(self.workers))
             if finished or all(process.poll() is not None for process in self.processes):
                 self.done[name] = time.perf_counter() - self.start
@@ -121,9 +122,9 @@ class CompileAhead:
             process.kill()
 
 
-def _name(family: Family) -> str:
-    peer, gated, heads, head_dim = family
-    return f"{peer}:{'gated' if gated else 'plain'}:{heads}x{head_dim}"
+def _name(call: Call) -> str:
+    peer, gated, shape = call
+    return f"{peer}:{'gated' if gated else 'plain'}:{shape}"
 
 
 def _compile_part(folder: Path, part: int, parts: int, names: list[str]) -> None:
@@ -140,11 +141,9 @@ def _compile_part(folder: Path, part: int, parts: int, names: list[str]) -> None
     if util.find_spec("tilelang") is not None:
         _compile_only_tilelang(mine)
     for name in names:
-        peer, rule, size = name.split(":")
-        heads, head_dim = map(int, size.split("x"))
-        # FlashQLA has a kernel each for many, some and few heads of all sequences; fla's depend on neither batch nor length
-        for batch, tokens in ((1, 1024),) if peer == "fla" else ((8, 4096), (4, 8192), (1, 32768)):
-            _visit(PEERS[peer], rule == "gated", batch, tokens, heads, head_dim)
+        peer, rule, shape = name.split(":")
+        with contextlib.suppress(Exception):  # what a peer cannot do shows when it is measured
+            _visit(PEERS[peer], rule == "gated", *map(int, shape.split("x")))
         (folder / f"{name}-{part}").touch()
 
 
@@ -217,6 +216,6 @@ def shorten_search(warmup_ms: float, repeat_ms: float) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
-    parser.add_argument("--compile", nargs="+", required=True, metavar=("FOLDER", "PART PARTS PEER:RULE:HEADSxHEAD_DIM"))
+    parser.add_argument("--compile", nargs="+", required=True, metavar=("FOLDER", "PART PARTS PEER:RULE:SHAPE"))
     folder, part, parts, *names = parser.parse_args().compile
     _compile_part(Path(folder), int(part), int(parts), names)
