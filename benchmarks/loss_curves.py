@@ -1,9 +1,10 @@
 """The same model trained by several backends from the same weights on the same windows: do the losses agree?
 
-    python benchmarks/loss_curves.py --size 340m --backends hopper triton reference --steps 60 --batch 8 --context 2048
+    python benchmarks/loss_curves.py --size 340m --backends hopper triton reference --batch 2 --micro 2 --limit 200 --out curves.json
 
-Bytes of the bundled novels, AdamW, bf16 products as in training. Writes a JSON of all losses and a plot; `--limit` stops a backend after so
-many seconds (the reference is slow), and the others are compared with what it has.
+Bytes of the bundled novels, AdamW, bf16 products as in training, at a rate so low that no step jumps: a jump multiplies whatever rounding
+two backends differ by. Writes a JSON of all losses and a plot; `--limit` stops a backend after so many seconds (the reference is slow), and
+the others are compared with what it has.
 """
 
 import argparse
@@ -35,7 +36,7 @@ def train(backend: str, text: bytes, options: argparse.Namespace, device: torch.
     """Loss of each step, and the median seconds of a step."""
     torch.manual_seed(0)
     model = LanguageModel(preset(options.size, vocab_size=257), backend=backend).to(device)
-    config = TrainConfig(steps=options.steps, warmup_steps=options.steps // 6)
+    config = TrainConfig(steps=options.steps, learning_rate=options.learning_rate, warmup_steps=options.warmup_steps)
     optimizer, losses, seconds = build_optimizer(model, config), [], []
     begin = time.perf_counter()
     for step in range(options.steps):
@@ -62,6 +63,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8, help="windows of a step")
     parser.add_argument("--micro", type=int, default=8, help="windows of a forward pass")
     parser.add_argument("--context", type=int, default=2048)
+    parser.add_argument("--learning-rate", type=float, default=1e-4, help="the peak")
+    parser.add_argument("--warmup-steps", type=int, default=20)
     parser.add_argument("--limit", type=float, default=60.0, help="seconds a backend may take")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, required=True, help="the JSON file; the plot lies beside it")

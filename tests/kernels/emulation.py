@@ -1,8 +1,8 @@
 """The pipelines of the chunk kernels in plain PyTorch: sums in fp32, and every tensor rounded where the kernels round it.
 
 Their error against fp64 is what the rounding costs by itself, on the inputs at hand. A kernel that is right has about that error and no more:
-the budget of test_matrix.py. One value head a key head; formulas as in kernels/triton/chunk_*.py. The Hopper family differs in two places of
-its backward: X is read in bf16 alone, and dg is made of q . dq and k . dk (kernels/hopper/chunk_backward_gradients.py).
+the budget of test_matrix.py. One value head a key head; formulas as in kernels/triton/chunk_*.py. The Hopper family differs in one place of
+its backward: dg is made of q . dq and k . dk (kernels/hopper/chunk_backward_gradients.py).
 """
 
 import torch
@@ -106,7 +106,7 @@ def _sequence(q, k, v, beta, g, scale, S, do, dS, family) -> dict[str, Tensor]:
         A = onward * (Kc @ Db) + P.mT @ dOc
         bA = r(bc * A)
         H = A - high.mT @ bA
-        if family == "triton" and rest_counts and bc.max() > 1:  # of all heads: a little stricter than the kernel, which asks each
+        if rest_counts and bc.max() > 1:  # of all heads: a little stricter than the kernel, which asks each
             H = H - low.mT @ bA
         dW = bc * H
         dv = r(scale * dW)

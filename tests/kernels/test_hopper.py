@@ -70,17 +70,44 @@ def test_another_triton_is_refused(version, monkeypatch):
     hopper._missing.cache_clear()
 
 
-def test_a_triton_without_gluon_is_refused(monkeypatch):
-    monkeypatch.setattr(hopper.Path, "is_dir", lambda self: False)
+MISSING = {
+    "gluon": (lambda patch: patch.setattr(hopper.Path, "is_dir", lambda self: False), "comes without Gluon for Hopper"),
+    "another triton": (
+        lambda patch: patch.setattr(hopper.metadata, "version", lambda name: "3.8.0"),
+        "written for Triton 3.6 and 3.7 and this is 3.8.0",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", MISSING)
+def test_what_is_missing_is_said_aloud_and_the_portable_family_runs(what, monkeypatch, capsys):
+    """By `explain`, by `deltanet doctor`, and by an error where the family was asked for by name."""
+    from deltanet import ops
+    from deltanet.cli import doctor
+    from deltanet.kernels import triton
+    from deltanet.ops import backends
+
+    take_away, words = MISSING[what]
+    take_away(monkeypatch)
+    monkeypatch.setattr(triton, "interpreting", lambda: False)
     hopper._missing.cache_clear()
-    assert "without Gluon" in hopper.refuse(PROBLEM)
+    explanation = backends.explain(PROBLEM)
+    assert explanation.chosen == "triton"
+    assert re.search(f"hopper +refuses: .*{words}.*pass backend='triton'", str(explanation))
+    with pytest.raises(ops.BackendError, match=words):
+        backends.choose(PROBLEM, "hopper")
+
+    monkeypatch.setattr(doctor, "explain", lambda *tensors: explanation)  # what it would find on a Hopper GPU
+    monkeypatch.setattr(doctor, "self_check", lambda backend, device: {"error": 0.0, "limit": 1.0, "right": True})
+    assert doctor.run([]) == 0
+    told = capsys.readouterr().out
+    assert words in told
+    assert re.search("triton +can run  <- auto takes it", told)
     monkeypatch.undo()
     hopper._missing.cache_clear()
 
 
 # ---- on a Hopper GPU
-
-
 
 
 def run(given, scale, cu, save="states"):

@@ -63,7 +63,8 @@ CASES = {
     "packed, grouped": dict(shape=(1, 259, 2, 6), **RAGGED),
     "packed, gated, grouped": dict(shape=(1, 259, 2, 4), gate=0.1, **RAGGED),
     "weak decay": dict(shape=(2, 256, 2, 2), gate=1e-4, states=True),
-    "strong decay": dict(shape=(2, 200, 2, 2), gate=20.0, states=True, limit=1.2e-2),
+    # dg at D 64 is one token's, where terms cancel: 0.0123, and in the emulation too
+    "strong decay": dict(shape=(2, 200, 2, 2), gate=20.0, states=True, limit=1.6e-2),
     "other scale": dict(shape=(1, 130, 2, 2), scale=-0.7, states=True),
 }
 
@@ -85,6 +86,58 @@ def test_lengths(T, gate):
 @pytest.mark.parametrize("case", [dict(), dict(lengths=[2100, 0, 2300, 100]), dict(gate=0.01)], ids=str)
 def test_segments(case):
     check(1, 4500, 2, 2, 128, 128, states=True, **case)
+
+
+HARD = {
+    "iid": dict(),
+    "alike": dict(keys="alike"),
+    "same": dict(keys="same"),
+    "same, gated": dict(keys="same", gate=1e-3),
+    "alike, packed": dict(keys="alike", T=259, **RAGGED),
+    "alike, packed, gated": dict(keys="alike", T=259, gate=1e-2, **RAGGED),
+    "alike, grouped": dict(keys="alike", heads=(2, 4)),
+    "alike, segments": dict(keys="alike", T=4500),
+}
+
+
+@pytest.mark.parametrize("D", [64, 128])
+@pytest.mark.parametrize("name", HARD)
+def test_betas_up_to_2_are_as_exact_as_in_the_portable_backward(name, D):
+    """Where rounding X costs digits: without what the rounding left dv is off by 0.4 for one key repeated.
+
+    There errors neither grow nor die out, and two backwards that round alike wander apart. dg is held to its emulation by test_matrix.py.
+    """
+    case = dict(HARD[name])
+    T, heads, cu = case.pop("T", 500), case.pop("heads", (2, 2)), bounds(case.get("lengths"))
+    lengths = case.pop("lengths", None)
+    given = inputs(1, T, *heads, D, D, BF16, N=None if lengths is None else len(lengths), beta_max=2.0, **case)
+    exact = definition(*given, 0.1, cu)
+    portable, ours = backwards(given, 0.1, cu)
+    factor = 1.5 if name.startswith("same") else 1.1
+    for what, x, y in zip(("dq", "dk", "dv", "dbeta", "dg", "dstate"), ours(), portable(), strict=True):
+        if what in exact and what != "dg":
+            mine, theirs = error(x, exact[what]), error(y, exact[what])
+            assert mine <= factor * theirs + 3e-4, (what, mine, theirs)
+
+
+@pytest.mark.parametrize("T", [64, 500])
+@pytest.mark.parametrize("gate", [None, 0.1])
+def test_what_rounding_left_of_X(gate, T):
+    """Of chunks with a beta above 1, as the portable family finds it; other chunks are left alone."""
+    from deltanet.kernels.hopper.chunk_rest import rest_of_X
+
+    q, k, v, beta, _, g, _, _ = inputs(2, T, 2, 4, 128, 128, BF16, gate=gate, beta_max=2.0)
+    beta[:, 64:192] /= 2
+    call = chunk._Call(q, v, beta, g, None)
+    X, b, G, *_ = chunk._unpack(chunk.chunk_forward(q, k, v, beta, g, 1.0, None, None, output_final_state=False, save="lean")[2], call, g)
+    theirs, ours = torch.full_like(v, 7.0), torch.full_like(v, 7.0)
+    chunk._rest_of_X(call, k, beta, b, G, X, theirs)
+    rest_of_X(call, k, b, G, X, ours)
+    rows = torch.arange(T, device=DEVICE) % 64
+    stored = (rows[:, None] >= 32) | (torch.arange(64, device=DEVICE) < 32)
+    ours, theirs = (torch.where(stored[None, :, None], x[..., :64].float(), 0) for x in (ours, theirs))
+    assert theirs.abs().max() == 7 or T == 64
+    assert (ours - theirs).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("gate", [None, 0.05])

@@ -23,9 +23,9 @@ SPILLS = {
     "hopper_forward-2-128-plain": 600,
     "hopper_forward-2-128-gated": 1100,
     "hopper_backward-2-128-plain": 48,
-    "hopper_backward-2-128-gated": 260,
-    "hopper_backward-2-64-plain": 0,
-    "hopper_backward-2-64-gated": 0,
+    "hopper_backward-2-128-gated": 700,
+    "hopper_backward-2-64-plain": 32,
+    "hopper_backward-2-64-gated": 32,
 }
 FAST = [row for row in SPILLS if row.endswith("128-plain")]
 
@@ -40,8 +40,8 @@ def check(row: str, rows: list[str], folder: str) -> None:
     assert len(kernels) >= 3, f"{row} has lost configurations: {kernels}"
     wrong = [(kernel, found) for kernel in kernels if (found := problems(kernel, SPILLS[row]))]
     assert not wrong, wrong
-    # a warpgroup for each role; without roles it would be 4 warps. The triangular solve alone has none
-    assert {kernel.warps for kernel in kernels if kernel.kernel != "transform"} <= {12, 16}
+    # a warpgroup for each role; without roles it would be 4 warps. The triangular solve and what it is solved again for have none
+    assert {kernel.warps for kernel in kernels if kernel.kernel not in ("transform", "rest")} <= {12, 16}
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=name)

@@ -16,7 +16,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from deltanet.kernels.hopper.chunk_backward_load import (
     ALSO_0,
     ALWAYS_0,
-    CHUNK,
     FREED_ERRORS,
     FREED_KEYS,
     FREED_OUTS,
@@ -35,8 +34,10 @@ from deltanet.kernels.hopper.chunk_backward_load import (
     TAKEN_D,
     TAKEN_G,
     TAKEN_W,
+    THIRD_0,
     widened,
 )
+from deltanet.kernels.hopper.tiles import CHUNK
 
 
 @gluon.jit
@@ -233,8 +234,7 @@ def gradients_gated(
     dtype: gl.constexpr = sK.dtype
     acc_c: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, CHUNK, 16])
     acc_k: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, K, 16])
-    left_k: gl.constexpr = gl.DotOperandLayout(0, acc_k, 2)
-    by_row: gl.constexpr = gl.SliceLayout(1, left_k)
+    by_row: gl.constexpr = gl.SliceLayout(1, acc_k)
     r = gl.arange(0, CHUNK, gl.SliceLayout(1, acc_c))
     c = gl.arange(0, CHUNK, gl.SliceLayout(0, acc_c))
     none_c = gl.zeros([CHUNK, CHUNK], gl.float32, acc_c)
@@ -284,61 +284,65 @@ def gradients_gated(
         fence_async_shared()
         mbarrier.wait(bars.index(LOADED_STATE), phase)
         dQ = warpgroup_mma(sdO, sS, none_k, use_acc=False, is_async=True)
-        into = gl.exp2(decay.load(gl.SliceLayout(1, acc_k))) * scale
+        into = gl.exp2(decay.load(by_row)) * scale
         dQ = warpgroup_mma_wait(0, deps=[dQ])
         mbarrier.arrive(bars.index(FREED_OUTS), count=1)
         dQ = dQ * into[:, None]
         dQ = warpgroup_mma(sdP, keys, dQ, is_async=True)
-        dQ = warpgroup_mma_wait(0, deps=[dQ])
-        tma.store_wait(0)
-        sOut.store(dQ.to(dtype))
-        fence_async_shared()
-        put(dq, dq_at, sOut, at, key_column, key_stride, left, RAGGED)
-        dG = gl.sum(widened(queries.load(acc_k)) * dQ, 1)
-
         there = back >> ALSO_0
         sE, sdP, queries = all_E.index(there), all_dP.index(there), sQ.index(stage + there)
 
         # dK as a place of writing: V' D^T + dP^T Q + dL^T K
         mbarrier.wait(bars.index(READY_D), phase)
+        dK = warpgroup_mma(sE, sD, none_k, use_acc=False, is_async=True)
+        dQ = warpgroup_mma_wait(1, deps=[dQ])
+        tma.store_wait(0)
+        sOut.store(dQ.to(dtype))
+        fence_async_shared()
+        put(dq, dq_at, sOut, at, key_column, key_stride, left, RAGGED)
+        dG = gl.sum(widened(queries.load(acc_k)) * dQ, 1)
         onward = gl.exp2(last - decay.load(by_row)) * strength.load(by_row) * scale
-        new = (widened(sE.load(left_k)) * onward[:, None]).to(dtype)
-        dK = warpgroup_mma(new, sD, none_k, use_acc=False, is_async=True)
         dK = warpgroup_mma_wait(0, deps=[dK])
         mbarrier.arrive(bars.index(TAKEN_D), count=1)
-        dG_new = gl.sum(widened(sK.index(stage + there).load(acc_k)) * dK, 1)
-        dK = warpgroup_mma(sdP.permute((1, 0)), queries, dK, is_async=True)
-
+        dK = dK * onward[:, None]
         mbarrier.wait(bars.index(READY_W), phase)
         put(dv, dv_at, sW, at, head * V, HV * V, left, RAGGED)
-        dL = warpgroup_mma(sW, sE.permute((1, 0)), none_c, use_acc=False, is_async=True)
-        dK = warpgroup_mma_wait(1, deps=[dK])
-        mbarrier.arrive(bars.index(FREED_QUERIES + stage), count=1)
+        yonder = back >> THIRD_0
+        dL = warpgroup_mma(sW, all_E.index(yonder).permute((1, 0)), none_c, use_acc=False, is_async=True)
+        dG_new = gl.sum(widened(sK.index(stage + there).load(acc_k)) * dK, 1)
+        dK = warpgroup_mma(sdP.permute((1, 0)), queries, dK, is_async=True)
         among = decay_between(decay, r[:, None] > c[None, :], acc_c) * -strength.load(gl.SliceLayout(0, acc_c))[None, :]
-        dL = warpgroup_mma_wait(0, deps=[dL])
+        dL = warpgroup_mma_wait(1, deps=[dL])
         mbarrier.arrive(bars.index(FREED_ERRORS), count=1)
+        dL = (dL * among).to(dtype)
         following = 1 - stage
         mbarrier.wait(bars.index(LOADED_KEYS + following), ((back + 1) >> 1) & 1, pred=back + 1 < chunks)
         mbarrier.wait(bars.index(LOADED_QUERIES + following), ((back + 1) >> 1) & 1, pred=back + 1 < chunks)
         P = warpgroup_mma(
             sQ.index(following), sK.index(following).permute((1, 0)), none_c, use_acc=False, is_async=True
         )
-        sdP.store((dL * among).to(dtype))
-        P = warpgroup_mma_wait(0, deps=[P])
+        dK = warpgroup_mma_wait(1, deps=[dK])
+        mbarrier.arrive(bars.index(FREED_QUERIES + stage), count=1)
+        sdP.store(dL)
+        fence_async_shared()
+        keys = sK.index(stage + there)
+        dK = warpgroup_mma(all_dP.index(yonder).permute((1, 0)), keys, dK, is_async=True)
+        P = warpgroup_mma_wait(1, deps=[P])
         sP.store((P * decay_between(sG.index(following), r[:, None] >= c[None, :], acc_c)).to(dtype))
         fence_async_shared()
         mbarrier.arrive(bars.index(READY_P), count=1)
-        keys, sdP = sK.index(stage + there), all_dP.index(here)
-        dK = warpgroup_mma(sdP.permute((1, 0)), keys, dK, is_async=True)
-        read = (widened(sW.load(left_k)) * -gl.exp2(decay.load(by_row))[:, None]).to(dtype)
-        dK = warpgroup_mma_wait(0, deps=[dK])
-        dG -= 2 * gl.sum(widened(keys.load(acc_k)) * dK, 1)
 
         # and as a place of reading: dL K - e^G dV S^T
-        dK = warpgroup_mma(sdP, keys, dK, is_async=True)
-        dK = warpgroup_mma(read, all_S.index(there), dK, is_async=True)
-        dK = warpgroup_mma_wait(0, deps=[dK])
+        read = warpgroup_mma(all_W.index(there), all_S.index(there), none_k, use_acc=False, is_async=True)
+        dK = warpgroup_mma_wait(1, deps=[dK])
+        dG -= 2 * gl.sum(widened(keys.load(acc_k)) * dK, 1)
+        dK = warpgroup_mma(all_dP.index(here), sK.index(stage + yonder), dK, is_async=True)
+        into = gl.exp2(decay.load(by_row))
+        read = warpgroup_mma_wait(1, deps=[read])
         mbarrier.arrive(bars.index(FREED_STATE), count=1)
+        read = read * into[:, None]
+        dK = warpgroup_mma_wait(0, deps=[dK])
+        dK = dK - read
         dG += gl.sum(widened(keys.load(acc_k)) * dK, 1)
         mbarrier.arrive(bars.index(FREED_KEYS + stage), count=1)
         mbarrier.wait(bars.index(TAKEN_G), phase ^ 1)
@@ -379,10 +383,9 @@ def gate_gradient(tiles, bars, outputs, span, HV: gl.constexpr, V: gl.constexpr)
         at = (first + i * CHUNK).to(gl.int64)
         left = rows - i * CHUNK
         phase = back & 1
-        mbarrier.wait(bars.index(READY_W), phase)
+        mbarrier.wait(bars.index(READY_V), phase)
         db = gl.sum(sR.load(columns), 0)
         gl.store(dbeta + (at + s) * HV, db.to(dbeta.dtype.element_ty), mask=s < left)
-        mbarrier.wait(bars.index(READY_V), phase)
         onward = sV.index(phase * STATES).load(line)
         if STATES == 2:
             onward += sV.index(phase * STATES + 1).load(line)

@@ -20,7 +20,6 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from deltanet.kernels.hopper.chunk_backward_gradients import gate_gradient, gradients
 from deltanet.kernels.hopper.chunk_backward_load import (
-    CHUNK,
     FREED_ERRORS,
     FREED_KEYS,
     FREED_OUTS,
@@ -30,6 +29,7 @@ from deltanet.kernels.hopper.chunk_backward_load import (
     LOADED_KEYS,
     LOADED_OUTS,
     LOADED_QUERIES,
+    LOADED_REST,
     LOADED_STATE,
     READY_D,
     READY_G,
@@ -39,10 +39,13 @@ from deltanet.kernels.hopper.chunk_backward_load import (
     TAKEN_D,
     TAKEN_G,
     TAKEN_W,
-    find_part,
+    USED_P,
     load,
+    load_rest,
 )
 from deltanet.kernels.hopper.chunk_backward_state import state
+from deltanet.kernels.hopper.chunk_rest import rest_of_X
+from deltanet.kernels.hopper.tiles import CHUNK, find_part
 from deltanet.kernels.launch import LaunchConfig
 from deltanet.kernels.triton import chunk as portable
 from deltanet.kernels.triton.compiled import launch
@@ -97,6 +100,7 @@ def backward_kernel(
     RAGGED: gl.constexpr,  # whether a sequence may end inside a chunk
     INITIAL: gl.constexpr,
     FINAL: gl.constexpr,
+    REST: gl.constexpr,  # in chunks with a beta above 1, what rounding left of X lies where dv will
     STATE_REGISTERS: gl.constexpr,
 ):
     head = gl.program_id(0) % HV
@@ -104,8 +108,8 @@ def backward_kernel(
     key_head = head // (HV // H)
     if SPLIT:
         sequence, part, first, end = find_part(place, cu_seqlens, N, steps, T, segment, PACKED)
-        first += part * segment
-        rows = gl.maximum(gl.minimum(end - first, segment), 0)
+        first = (first + part * segment).to(gl.int32)
+        rows = gl.maximum(gl.minimum(end.to(gl.int32) - first, segment), 0)
     else:
         sequence, part = place, 0
         if PACKED:
@@ -172,6 +176,8 @@ def backward_kernel(
     mbarrier.init(bars.index(READY_G), count=1)
     mbarrier.init(bars.index(TAKEN_G), count=1)
     mbarrier.init(bars.index(READY_V), count=STATES)
+    mbarrier.init(bars.index(USED_P), count=STATES)
+    mbarrier.init(bars.index(LOADED_REST), count=32)
 
     tiles = (sQ, sK, sdO, sE, sS, sX, sB, sG, sP, sD, sW, sR, sN, sV, sdP, sOut)
     outputs = (dq, dk, dv, dq_at, dk_at, dv_at, dbeta + head, dg + head)
@@ -184,31 +190,35 @@ def backward_kernel(
     if GATED and STATES == 2:
         gl.warp_specialize([
             (gradients, (tiles, bars, outputs, columns, G, span, scale, HV, K, V, GATED, RAGGED)),
-            (state, (0, tiles, bars, states, G, span, scale, inverse_scale, K, V, GATED, FINAL, INITIAL)),
-            (state, (1, tiles, bars, states, G, span, scale, inverse_scale, K, V, GATED, FINAL, INITIAL)),
+            (state, (0, tiles, bars, states, G, span, scale, inverse_scale, K, V, GATED, FINAL, INITIAL, REST)),
+            (state, (1, tiles, bars, states, G, span, scale, inverse_scale, K, V, GATED, FINAL, INITIAL, REST)),
             (load, (sources, tiles, bars, places, span, HV, K, V, GATED, INITIAL)),
+            (load_rest, (dv_at, strength, head, tiles, bars, span, HV, V, REST)),
             (gate_gradient, (tiles, bars, outputs, span, HV, V)),
-        ], [4, 4, 1, 1], [STATE_REGISTERS, STATE_REGISTERS, 24, 24])  # fmt: skip
+        ], [4, 4, 1, 1, 1], [STATE_REGISTERS, STATE_REGISTERS, 24, 24, 24])  # fmt: skip
     elif GATED:
         gl.warp_specialize([
             (gradients, (tiles, bars, outputs, columns, G, span, scale, HV, K, V, GATED, RAGGED)),
-            (state, (0, tiles, bars, states, G, span, scale, inverse_scale, K, V, GATED, FINAL, INITIAL)),
+            (state, (0, tiles, bars, states, G, span, scale, inverse_scale, K, V, GATED, FINAL, INITIAL, REST)),
             (load, (sources, tiles, bars, places, span, HV, K, V, GATED, INITIAL)),
+            (load_rest, (dv_at, strength, head, tiles, bars, span, HV, V, REST)),
             (gate_gradient, (tiles, bars, outputs, span, HV, V)),
-        ], [4, 1, 1], [STATE_REGISTERS, 24, 24])  # fmt: skip
+        ], [4, 1, 1, 1], [STATE_REGISTERS, 24, 24, 24])  # fmt: skip
     elif STATES == 2:
         gl.warp_specialize([
             (gradients, (tiles, bars, outputs, columns, G, span, scale, HV, K, V, GATED, RAGGED)),
-            (state, (0, tiles, bars, states, G, span, scale, inverse_scale, K, V, GATED, FINAL, INITIAL)),
-            (state, (1, tiles, bars, states, G, span, scale, inverse_scale, K, V, GATED, FINAL, INITIAL)),
+            (state, (0, tiles, bars, states, G, span, scale, inverse_scale, K, V, GATED, FINAL, INITIAL, REST)),
+            (state, (1, tiles, bars, states, G, span, scale, inverse_scale, K, V, GATED, FINAL, INITIAL, REST)),
             (load, (sources, tiles, bars, places, span, HV, K, V, GATED, INITIAL)),
-        ], [4, 4, 1], [STATE_REGISTERS, STATE_REGISTERS, 24])  # fmt: skip
+            (load_rest, (dv_at, strength, head, tiles, bars, span, HV, V, REST)),
+        ], [4, 4, 1, 1], [STATE_REGISTERS, STATE_REGISTERS, 24, 24])  # fmt: skip
     else:
         gl.warp_specialize([
             (gradients, (tiles, bars, outputs, columns, G, span, scale, HV, K, V, GATED, RAGGED)),
-            (state, (0, tiles, bars, states, G, span, scale, inverse_scale, K, V, GATED, FINAL, INITIAL)),
+            (state, (0, tiles, bars, states, G, span, scale, inverse_scale, K, V, GATED, FINAL, INITIAL, REST)),
             (load, (sources, tiles, bars, places, span, HV, K, V, GATED, INITIAL)),
-        ], [4, 1], [STATE_REGISTERS, 24])  # fmt: skip
+            (load_rest, (dv_at, strength, head, tiles, bars, span, HV, V, REST)),
+        ], [4, 1, 1], [STATE_REGISTERS, 24, 24])  # fmt: skip
 
 
 def takes(call: portable._Call) -> bool:
@@ -234,9 +244,12 @@ def backward(
     states = _tiles(S if S.shape[0] else S.new_empty(1, *S.shape[1:]), K, V, K)
     first = None if initial_state is None else _tiles(initial_state.transpose(2, 3).to(q.dtype).contiguous(), K, V, K)
     ragged = call.packed or call.T % CHUNK.value != 0
+    X_low = dv if q.dtype in portable.ROUNDING_COUNTS else None
+    if X_low is not None:
+        rest_of_X(call, k, b, G, X, X_low)
     segment, places, ends = call.segment, call.N, dfinal
     if segment:
-        places, ends = call.parts(segment), portable._segment_ends(call, q, k, dv, do, b, G, X, None, M, dfinal, scale)
+        places, ends = call.parts(segment), portable._segment_ends(call, q, k, dv, do, b, G, X, X_low, M, dfinal, scale)
     registers = STATE_REGISTERS if G is None else STATE_REGISTERS_GATED
     args = (
         keys[0], keys[1], values[0], values[1], states, first or states, keys[2], keys[3], values[2], *parts, dv, X, b,
@@ -246,7 +259,7 @@ def backward(
     key = ("hopper_backward", call.key, ragged, initial_state is None, ends is None, segment > 0, registers)
     launch(backward_kernel, key, (places * HV, 1, 1), args, CONFIG, lambda: dict(
         GATED=G is not None, RAGGED=ragged, INITIAL=dinitial is not None, FINAL=ends is not None,
-        SPLIT=segment > 0, STATE_REGISTERS=registers, **call.sizes,
+        SPLIT=segment > 0, REST=X_low is not None, STATE_REGISTERS=registers, **call.sizes,
     ))  # fmt: skip
 
     if grouped:

@@ -1,11 +1,11 @@
-"""The loading warp of the Hopper backward, and what all its warps share: barriers, and the place of a program's tokens."""
+"""The loading warps of the Hopper backward, and what all its warps share: barriers."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
-CHUNK = gl.constexpr(64)
+from deltanet.kernels.hopper.tiles import CHUNK
 
 # Barriers, by their place in one array; two places where a tile has two stages.
 LOADED_KEYS = gl.constexpr(0)  # k and beta (and G), two stages
@@ -26,12 +26,15 @@ TAKEN_W = gl.constexpr(18)
 READY_G = gl.constexpr(19)  # terms of dg: gradient warpgroup -> the gate's warp
 TAKEN_G = gl.constexpr(20)
 READY_V = gl.constexpr(21)  # and <S, D>: state warpgroups -> the gate's warp, which takes it before it has taken W
+USED_P = gl.constexpr(22)  # in chunks with a beta above 1: the state warpgroups need P no more, and
+LOADED_REST = gl.constexpr(23)  # what rounding left of X is in its place
 
 # A chunk's number shifted right by this is always 0, which the compiler cannot know. A tile found through it has its descriptors formed
 # where they are used, on the uniform datapath. Otherwise all of them are formed ahead of the loop, in 150 registers that are not there, and
 # come back from L2, where what spills ends up: the tiles leave no L1.
 ALWAYS_0 = gl.constexpr(30)
-ALSO_0 = gl.constexpr(29)  # another such number, so that what was formed for one product is not kept for a later one
+ALSO_0 = gl.constexpr(29)  # other such numbers, so that what was formed for one product is not kept for a later one
+THIRD_0 = gl.constexpr(28)
 
 
 @gluon.jit
@@ -42,26 +45,6 @@ def widened(x):
         return gl.inline_asm_elementwise(pair, "=r,=r,r", [x], dtype=gl.float32, is_pure=True, pack=2)
     else:
         return x.to(gl.float32)
-
-
-@gluon.jit
-def find_part(place, cu_seqlens, N, steps, T, GRANULE, PACKED: gl.constexpr):
-    """The sequence, part, first token and end of the sequence at `place` of the grid (kernels/triton/tiles.py)."""
-    if PACKED:
-        low = place * 0
-        high = low + N
-        for _ in range(steps):
-            middle = (low + high) // 2
-            below = gl.load(cu_seqlens + middle).to(gl.int32) // GRANULE + middle <= place
-            low = gl.where(below, middle, low)
-            high = gl.where(below, high, middle)
-        begin = gl.load(cu_seqlens + low).to(gl.int32)
-        end = gl.load(cu_seqlens + low + 1).to(gl.int32)
-        return low, place - begin // GRANULE - low, begin, end
-    else:
-        parts = gl.cdiv(T, GRANULE)
-        sequence = place // parts
-        return sequence, place % parts, sequence * T, sequence * T + T
 
 
 @gluon.jit
@@ -129,3 +112,28 @@ def load(
             tma.async_copy_global_to_shared(
                 S, [gl.where(i + part > 0, slot + i * (HV * V), no_state), 0], bars.index(LOADED_STATE), sS
             )
+
+
+@gluon.jit
+def load_rest(X_low, strength, head, tiles, bars, span, HV: gl.constexpr, V: gl.constexpr, REST: gl.constexpr):
+    """One warp: what rounding left of X, of chunks with a beta above 1, to where P was, once P is used."""
+    if REST:
+        _, _, _, _, _, _, _, _, all_P, _, _, _, _, _, _, _ = tiles
+        chunks, rows, first = span
+        wide: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [1, 1], [1, 0])
+        line: gl.constexpr = gl.BlockedLayout([2], [32], [1], [0])
+        r = gl.arange(0, CHUNK, gl.SliceLayout(1, wide))
+        c = gl.arange(0, CHUNK, gl.SliceLayout(0, wide))
+        t = gl.arange(0, CHUNK, line)
+        careful = 0  # chunks so far
+        for back in range(chunks):
+            i = chunks - 1 - back
+            left = rows - i * CHUNK
+            if gl.max(gl.load(strength + i * CHUNK + t, mask=t < left, other=0.0), 0) > 1.0:
+                mbarrier.wait(bars.index(USED_P), careful & 1)
+                at = X_low + ((first + i * CHUNK).to(gl.int64) * HV + head) * V
+                async_copy.async_copy_global_to_shared(
+                    all_P.index(0), at + (r * (HV * V))[:, None] + c[None, :], mask=(r < left)[:, None] & (c[None, :] < 64)
+                )
+                async_copy.mbarrier_arrive(bars.index(LOADED_REST), increment_count=False)
+                careful += 1

@@ -11,7 +11,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from deltanet.kernels.hopper.chunk_backward_load import (
     ALWAYS_0,
-    CHUNK,
     FREED_ERRORS,
     FREED_KEYS,
     FREED_OUTS,
@@ -21,6 +20,7 @@ from deltanet.kernels.hopper.chunk_backward_load import (
     LOADED_KEYS,
     LOADED_OUTS,
     LOADED_QUERIES,
+    LOADED_REST,
     LOADED_STATE,
     READY_D,
     READY_P,
@@ -28,14 +28,24 @@ from deltanet.kernels.hopper.chunk_backward_load import (
     READY_W,
     TAKEN_D,
     TAKEN_W,
+    USED_P,
     widened,
 )
+from deltanet.kernels.hopper.tiles import CHUNK, any_of_warp
+
+
+@gluon.jit
+def by_beta(errors, H, scale):
+    """E_i . H_i over 16 rows of V, one sum a warp: the gradient of beta, in four."""
+    terms = widened(errors.load(H.type.layout)) * H
+    return gl.sum(terms.reshape([4, 16, CHUNK]), 1) * scale
 
 
 @gluon.jit
 def state(
     half: gl.constexpr, tiles, bars, states, G_at, span, scale, inverse_scale,
     K: gl.constexpr, V: gl.constexpr, GATED: gl.constexpr, FINAL: gl.constexpr, INITIAL: gl.constexpr,
+    REST: gl.constexpr,
 ):  # fmt: skip
     """One warpgroup: 64 rows of D^T, the gradients of the new values, and what they do to D."""
     sQ, sK, all_dO, all_E, all_S, all_X, sB, sG, all_P, all_D, all_W, sR, _, sV, _, _ = tiles
@@ -54,6 +64,7 @@ def state(
     else:
         D = gl.zeros([64, K], gl.float32, acc_k)
     none = gl.zeros([64, CHUNK], gl.float32, acc_c)
+    rests = 0  # chunks so far with a beta above 1
     for back in range(chunks):
         phase = back & 1
         stage = back & 1
@@ -102,25 +113,37 @@ def state(
             D = warpgroup_mma(outs, queries, D, is_async=True)
         b = sB.index(stage).load(tokens)
         G = warpgroup_mma_wait(1, deps=[G])
+        if REST:
+            careful = any_of_warp(gl.max(b, 0) > 1.0)
+            mbarrier.arrive(bars.index(USED_P), count=1, pred=careful)
         bG = gl.convert_layout((G * -b[None, :]).to(dtype), left_c)
         H = warpgroup_mma(bG, sX, G, is_async=True)
         mbarrier.wait(bars.index(LOADED_ERRORS), phase)
         H, D = warpgroup_mma_wait(0, deps=[H, D])
+        if REST:
+            if careful:
+                mbarrier.wait(bars.index(LOADED_REST), rests & 1)
+                fence_async_shared()
+                H = warpgroup_mma(bG, sP, H, is_async=True)
+                H = warpgroup_mma_wait(0, deps=[H])
+                rests += 1
         mbarrier.arrive(bars.index(FREED_OUTS), count=1)
         mbarrier.arrive(bars.index(FREED_QUERIES + stage), count=1)
-        by_beta = gl.sum((widened(errors.load(acc_c)) * H).reshape([4, 16, CHUNK]), 1)
+        if not GATED:
+            sums = by_beta(errors, H, scale)
         mbarrier.wait(bars.index(TAKEN_W), phase ^ 1)
-        sR.slice(half * 4, 4, 0).store(by_beta * scale)
+        if not GATED:
+            sR.slice(half * 4, 4, 0).store(sums)
         dW = H * sB.index(stage).load(tokens)[None, :]
         my_W.store((dW * scale).to(dtype))
         fence_async_shared()
         mbarrier.arrive(bars.index(READY_W), count=1)
-        mbarrier.arrive(bars.index(FREED_ERRORS), count=1)
         if GATED:
             dW = dW * gl.exp2(decay.load(tokens))[None, :]
         D = warpgroup_mma(gl.convert_layout((-dW).to(dtype), left_k), keys, D, is_async=True)
-        D = warpgroup_mma_wait(0, deps=[D])
-        mbarrier.arrive(bars.index(FREED_KEYS + stage), count=1)
+        if GATED:  # in the product's shadow; without a gate there are fewer registers
+            sR.slice(half * 4, 4, 0).store(by_beta(errors, H, scale))
+        mbarrier.arrive(bars.index(FREED_ERRORS), count=1)
         if GATED:  # e^G_last <S, D>, S of the chunk's start and D of its end: a term of dg
             mbarrier.wait(bars.index(LOADED_STATE), phase)
             kept = widened(all_S.index(here).slice(half * 64, 64, 0).load(acc_k))
@@ -128,6 +151,9 @@ def state(
             sV.index(phase * (V // 64) + half).store(overlap)
             mbarrier.arrive(bars.index(FREED_STATE), count=1)
             mbarrier.arrive(bars.index(READY_V), count=1)
+        D = warpgroup_mma_wait(0, deps=[D])
+        mbarrier.arrive(bars.index(FREED_KEYS + stage), count=1)
     if INITIAL:
         if part == 0:
+            e += chunks >> ALWAYS_0
             gl.store(dinitial + d[None, :] * V + e[:, None], D * scale)
