@@ -226,8 +226,10 @@ def hopper_forward_calls(D: int, *, gated: bool):
 
     bf16, fp16, all_columns = torch.bfloat16, torch.float16, min(D, 128)
     kinds = [(bf16, False, False, 0, all_columns), (bf16, True, True, 0, all_columns), (bf16, False, False, 128, all_columns)]
+    if D > 64:
+        kinds += [(bf16, True, False, 0, 64)]
     if not gated:
-        kinds += [(fp16, True, False, 0, all_columns), (bf16, True, False, 0, 64)]
+        kinds += [(fp16, True, False, 0, all_columns)]
     return [lambda kind=kind: one(*kind) for kind in kinds]
 
 

@@ -30,6 +30,7 @@ class LaunchConfig:
     stages: int = 1
     block_v: int = 0  # most value columns of one program's tile; 0 where a kernel does not split V
     block_k: int = 0  # most key columns of one program's tile; 0 where a kernel does not split K
+    overlaps: bool = False  # starts while the launch before it ends, and waits inside for what that wrote (programmatic dependent launch)
     registers: int | None = None  # most registers of a thread, where the assembler left to itself settles for far too few
 
 

@@ -22,9 +22,10 @@ from deltanet.kernels.triton.compiled import launch, on_its_device, together
 __all__ = ["chunk_backward", "chunk_forward"]
 
 CHUNK = portable.CHUNK
-FORWARD_DIMS = (128,)  # K = V that the forward was proven for; elsewhere the portable one runs before the backward of this family
-TRANSFORM = LaunchConfig(warps=4)
-FORWARD = LaunchConfig(warps=4, stages=2)  # warps of the first partition; load stages
+# 96 registers a thread leave room for five programs a multiprocessor, which hide each other's waits: 0.058 to 0.061 ms; 102, left to itself, for
+# four (0.063 to 0.066), 80 for six, but they spill (0.064)
+TRANSFORM = LaunchConfig(warps=4, registers=96)
+FORWARD = LaunchConfig(warps=4, stages=2, overlaps=True)  # warps of the first partition; load stages: a third changes nothing
 # Registers of a thread, 512 over the warpgroups of a multiprocessor, 24 of them the loader's. Below 192 the state warpgroups' products are
 # serialised (ptxas C7512), beside 208 the auxiliary one spills.
 REGISTERS = dict(STATE_REGISTERS=192, AUXILIARY_REGISTERS=104)
@@ -57,9 +58,6 @@ def chunk_forward(
     save: str,
 ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
     """o `[B, T, HV, V]`, the final states or None, and what the backward needs (docs/conventions.md)."""
-    if q.shape[3] not in FORWARD_DIMS:
-        given = (q, k, v, beta, g, scale, initial_state, cu_seqlens)
-        return portable.chunk_forward(*given, output_final_state=output_final_state, save=save)
     _bind_context(q.device)
     q, k, v, beta, g, initial_state = (portable._plain(x) for x in (q, k, v, beta, g, initial_state))
     call = _Call(q, v, beta, g, cu_seqlens)
@@ -159,7 +157,7 @@ def _transform(call: _Call, k, beta, g, b, G, X, X_low) -> None:
     keys = _matrix(k, call.tokens, call.H * call.K, call.K)
     args = (keys, beta, *portable._or(beta, g), b, *portable._or(b, G), X, *portable._or(X, X_low), *_place(call, k))
     key = ("hopper transform", call.key)
-    launch(transform, key, (call.parts(CHUNK), call.HV, 1), args, TRANSFORM, lambda: dict(
+    launch(transform, key, (call.parts(CHUNK) * call.HV, 1, 1), args, TRANSFORM, lambda: dict(
         H=call.H, HV=call.HV, K=call.K, PACKED=call.packed, GATED=g is not None, REST=X_low is not None,
     ))  # fmt: skip
 
@@ -185,7 +183,7 @@ def _forward(
         *portable._or(b, final, transition), *_place(call, k), call.segment, scale,
     )  # fmt: skip
     flags = (initial is None, o is None, E is None, S is None, final_of, call.segment > 0, call.columns)
-    launch(forward, ("hopper forward", call.key, flags), (programs, HV, 1), args, FORWARD, lambda: dict(
+    launch(forward, ("hopper forward", call.key, flags), (programs * HV, 1, 1), args, FORWARD, lambda: dict(
         H=call.H, HV=HV, K=K, V=V, COLUMNS=call.columns, STAGES=FORWARD.stages, SPLIT=call.segment > 0, PACKED=call.packed,
         GATED=G is not None, REST=X_low is not None, INITIAL=initial is not None,
         OUTPUT=o is not None, SAVE_E=E is not None, SAVE_S=S is not None, FINAL=final_of,

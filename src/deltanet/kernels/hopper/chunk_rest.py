@@ -10,7 +10,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from deltanet.kernels.hopper.chunk_transform import NARROW, solve_64
+from deltanet.kernels.hopper.chunk_transform import solve_64
 from deltanet.kernels.hopper.tiles import CHUNK, any_of_warp, clear, find_part
 from deltanet.kernels.launch import LaunchConfig
 from deltanet.kernels.triton.compiled import launch
@@ -54,12 +54,6 @@ def rest(
         dtype: gl.constexpr = k.dtype
         k_s = gl.allocate_shared_memory(dtype, [CHUNK, K], gl.NVMMASharedLayout(128, 16, 2))
         X_s = gl.allocate_shared_memory(dtype, [CHUNK, CHUNK], gl.NVMMASharedLayout(128, 16, 2))
-        tiles = (
-            gl.allocate_shared_memory(gl.float16, [CHUNK, 16], NARROW), gl.allocate_shared_memory(gl.float16, [CHUNK, 16], NARROW),
-            gl.allocate_shared_memory(gl.float16, [CHUNK, 16], NARROW), gl.allocate_shared_memory(gl.float16, [CHUNK, 16], NARROW),
-            gl.allocate_shared_memory(gl.float16, [CHUNK, 16], NARROW), gl.allocate_shared_memory(gl.float16, [CHUNK, 16], NARROW),
-        )  # fmt: skip
-        lows = gl.allocate_shared_memory(gl.float16, [6, CHUNK, 16], NARROW)
         b_s = gl.allocate_shared_memory(gl.float32, [CHUNK], gl.SwizzledSharedLayout(1, 1, 1, [0]))
         G_s = b_s
         if GATED:
@@ -94,7 +88,7 @@ def rest(
                     clear(k_s, rows, K)
                 S = warpgroup_mma(k_s, k_s.permute((1, 0)), gl.zeros([CHUNK, CHUNK], gl.float32, whole), use_acc=False, is_async=True)
                 S = warpgroup_mma_wait(0, deps=[S])
-                x = solve_64(S, b_s, G_s, tiles, lows, whole, GATED, True)
+                x = solve_64(S, b_s, G_s, whole, GATED, True)
                 X_s.store((x - X_s.load(whole).to(gl.float32)).to(dtype))
                 low = X_s.load(wide)
                 out = X_low + ((first + r) * HV + head)[:, None] * V + c[None, :]

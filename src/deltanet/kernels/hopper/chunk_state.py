@@ -23,8 +23,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from triton.language.extra.cuda import gdc_wait
 
-from deltanet.kernels.hopper.tiles import CHUNK, any_of_warp, clear, find_part
+from deltanet.kernels.hopper.tiles import CHUNK, any_of_warp, clear, find_part, power_of_2
 
 ROWS = gl.constexpr(64)  # columns of V that one state warpgroup owns: rows of S^T
 
@@ -70,6 +71,7 @@ def auxiliary(
     r = gl.arange(0, CHUNK, gl.SliceLayout(1, mma))
     c = gl.arange(0, CHUNK, gl.SliceLayout(0, mma))
 
+    gdc_wait()
     # what comes from memory without TMA is loaded a chunk ahead
     x_next = gl.load(X + x_at, mask=x_in & (xr < length)[:, None], other=0.0)
     b_next = gl.load(strength + t1, mask=t1 < length, other=0.0)
@@ -102,16 +104,16 @@ def auxiliary(
         if GATED:
             Gc = gl.where(t1 < rows, G_next, last_next)
             G_s.store(Gc)
-            into_s.index(j).store(gl.exp2(Gc))
-            onward_s.index(j).store(b_next * gl.exp2(last_next - Gc))
-            last_s.index(j).store(gl.exp2(gl.zeros_like(Gc) + last_next))
+            into_s.index(j).store(power_of_2(Gc))
+            onward_s.index(j).store(b_next * power_of_2(last_next - Gc))
+            last_s.index(j).store(power_of_2(gl.zeros_like(Gc) + last_next))
         if OUTPUT:
             P = warpgroup_mma_wait(0, deps=[P])
             if GATED:
                 G_row = G_s.load(gl.SliceLayout(1, mma))
                 G_col = G_s.load(gl.SliceLayout(0, mma))
                 # the exponent is masked, not the power: above the diagonal it would overflow
-                P = P * scale * gl.exp2(gl.where(r[:, None] >= c[None, :], G_row[:, None] - G_col[None, :], float("-inf")))
+                P = P * scale * power_of_2(gl.where(r[:, None] >= c[None, :], G_row[:, None] - G_col[None, :], float("-inf")))
             else:
                 P = gl.where(r[:, None] >= c[None, :], P * scale, 0.0)
             P_s.index(j).store(P.to(P_s.dtype))
@@ -167,6 +169,7 @@ def state(
     d_col = gl.arange(0, K, gl.SliceLayout(0, by_key))
     at_state = d_col[None, :] * V + e_row[:, None]  # S^T as it lies in [K, V]
     if INITIAL:
+        gdc_wait()
         St = gl.load(initial + at_state)
     elif OUTPUT:
         St = gl.zeros([ROWS, K], gl.float32, by_key)
@@ -304,15 +307,16 @@ def forward(
     AUXILIARY_REGISTERS: gl.constexpr,
 ):
     TILES: gl.constexpr = V // COLUMNS if OUTPUT else (V + K) // COLUMNS
+    # heads lie side by side in memory: what runs together reads whole rows of it
     tile = gl.program_id(0) % TILES
-    place = gl.program_id(0) // TILES
+    head = (gl.program_id(0) // TILES) % HV
+    place = gl.program_id(0) // (TILES * HV)
     identity = place * 0 - K
     if not OUTPUT:
         if tile >= V // COLUMNS:
             tile -= V // COLUMNS
             identity = tile * COLUMNS
             final = transition
-    head = gl.program_id(1)
     if SPLIT:
         sequence, part, begin, end = find_part(place, cu_seqlens, N, steps, T, segment, PACKED)
         before = part * (segment // CHUNK)

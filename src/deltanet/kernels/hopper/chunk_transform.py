@@ -21,10 +21,12 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+from triton.language.extra.cuda import gdc_launch_dependents
 
-from deltanet.kernels.hopper.tiles import CHUNK, any_of_warp, clear, find_part
+from deltanet.kernels.hopper.tiles import CHUNK, any_of_warp, clear, find_part, power_of_2
 
 COLUMN = gl.constexpr(gl.NVMMADistributedLayout([2, 0], [4, 1], [16, 8]))  # [64, n]: a warp 16 rows
+ALONG = gl.constexpr(gl.SliceLayout(0, COLUMN))
 DIAGONAL = gl.constexpr(gl.NVMMADistributedLayout([2, 0], [4, 1, 1], [1, 16, 8]))  # [block, row, column]: a warp a block
 ROWS_OF = gl.constexpr(gl.SliceLayout(2, DIAGONAL))
 COLUMNS_OF = gl.constexpr(gl.SliceLayout(1, DIAGONAL))
@@ -60,18 +62,17 @@ def product(a, b_t, sum, PRECISE: gl.constexpr):
 
 
 @gluon.jit
-def merge(X, X_t, M, M_t, minus_b, PRECISE: gl.constexpr):
+def merge(X, X_t, M, M_t, minus_b, one, PRECISE: gl.constexpr):
     """X of blocks twice as large from the X of the small ones and the part M of L between them, each with its transpose."""
-    Xb = X * minus_b
+    IXb = X * minus_b + one  # exact in its ones: the diagonal of X is zero
     bX_t = X_t * minus_b
-    # M (I - diag(b) X), then (I - X diag(b)) of that
-    N = product(M, bX_t, M, PRECISE)
+    # N = M (I - diag(b) X), of which only the transpose is needed; then X + (I - X diag(b)) N
     N_t = product(bX_t, M, M_t, PRECISE)
-    return product(Xb, N_t, X + N, PRECISE), product(N_t, Xb, X_t + N_t, PRECISE)
+    return product(IXb, N_t, X, PRECISE), product(N_t, IXb, X_t, PRECISE)
 
 
 @gluon.jit
-def solve_16(D, minus_b, PRECISE: gl.constexpr):
+def solve_16(D, minus_b, one, PRECISE: gl.constexpr):
     """X of the four blocks of the diagonal, from the symmetric `[4, 16, 16]` blocks D of K K^T."""
     r = gl.expand_dims(gl.expand_dims(gl.arange(0, 16, gl.SliceLayout(0, ROWS_OF)), 0), 2)
     c = gl.expand_dims(gl.expand_dims(gl.arange(0, 16, gl.SliceLayout(0, COLUMNS_OF)), 0), 1)
@@ -82,14 +83,13 @@ def solve_16(D, minus_b, PRECISE: gl.constexpr):
     L4 = gl.where(in_4, L, 0.0)
     L4_t = gl.where(in_4, L_t, 0.0)
     N = L4 * minus_b
-    zero = gl.zeros([4, 16, 16], gl.float32, DIAGONAL)
-    NL = product(N, L4_t, zero, PRECISE)
-    NL_t = product(L4_t, N, zero, PRECISE)
-    X = product(N, NL_t, L4 + NL, PRECISE)
-    X_t = product(NL_t, N, L4_t + NL_t, PRECISE)
+    # L4 + N (L4 + N L4), of whose first sum only the transpose is needed
+    sum_t = product(L4_t, N, L4_t, PRECISE)
+    X = product(N, sum_t, L4, PRECISE)
+    X_t = product(sum_t, N, L4_t, PRECISE)
     to_8 = in_8 & (in_4 == 0)
-    X, X_t = merge(X, X_t, gl.where(to_8, L, 0.0), gl.where(to_8, L_t, 0.0), minus_b, PRECISE)
-    X, X_t = merge(X, X_t, gl.where(in_8, 0.0, L), gl.where(in_8, 0.0, L_t), minus_b, PRECISE)
+    X, X_t = merge(X, X_t, gl.where(to_8, L, 0.0), gl.where(to_8, L_t, 0.0), minus_b, one, PRECISE)
+    X, X_t = merge(X, X_t, gl.where(in_8, 0.0, L), gl.where(in_8, 0.0, L_t), minus_b, one, PRECISE)
     return X
 
 
@@ -140,14 +140,14 @@ def second(S, PRECISE: gl.constexpr):
 
 @gluon.jit
 def column(A, A_low, S, S_low, Xd, block, n: gl.constexpr, PRECISE: gl.constexpr):
-    """Block column n of Xd + Y: A, (I - Xd diag(beta)) by blocks, times S below the diagonal block, which is that of Xd."""
+    """Block column n of Xd + Y: A, (I - Xd diag(beta)) by blocks, times S below the diagonal block, which is that of Xd. Above it whatever comes."""
     Y = gl.zeros([4, 16, 16], gl.float32, DIAGONAL)
     if PRECISE:
         Y = mma_v2(A, S_low, Y)
         Y = mma_v2(A_low, S, Y)
     Y = mma_v2(A, S, Y)
     Y = gl.convert_layout(gl.reshape(Y, [64, 16]), COLUMN)
-    return gl.where(block > n, Y, gl.where(block == n, Xd, 0.0))
+    return gl.where(block == n, Xd, Y)
 
 
 @gluon.jit
@@ -177,12 +177,19 @@ def update(Z, M, M_low, tile, tile_low, n: gl.constexpr, PRECISE: gl.constexpr):
 
 
 @gluon.jit
-def solve_64(S, b_s, G_s, tiles, lows, layout: gl.constexpr, GATED: gl.constexpr, PRECISE: gl.constexpr):
-    """X `[64, 64]` in fp32 from S = K K^T. To work in: tiles, six of `[64, 16]`, and lows `[6, 64, 16]` of fp16."""
+def solve_64(S, b_s, G_s, layout: gl.constexpr, GATED: gl.constexpr, PRECISE: gl.constexpr):
+    """X `[64, 64]` in fp32 from S = K K^T."""
+    # to work in, where k was: of block rows of X what fp16 keeps and, if precise, what it leaves
+    tiles = (
+        gl.allocate_shared_memory(gl.float16, [CHUNK, 16], NARROW), gl.allocate_shared_memory(gl.float16, [CHUNK, 16], NARROW),
+        gl.allocate_shared_memory(gl.float16, [CHUNK, 16], NARROW), gl.allocate_shared_memory(gl.float16, [CHUNK, 16], NARROW),
+        gl.allocate_shared_memory(gl.float16, [CHUNK, 16], NARROW), gl.allocate_shared_memory(gl.float16, [CHUNK, 16], NARROW),
+    )  # fmt: skip  (not one array: places in one get barriers between them)
+    lows = gl.allocate_shared_memory(gl.float16, [6, CHUNK, 16], NARROW)
     if GATED:
         G_row = G_s.load(gl.SliceLayout(1, layout))
         G_col = G_s.load(gl.SliceLayout(0, layout))
-        S = S * gl.exp2(-gl.abs(G_row[:, None] - G_col[None, :]))  # of whichever comes first: finite, and still symmetric
+        S = S * power_of_2(-gl.abs(G_row[:, None] - G_col[None, :]))  # of whichever comes first: finite, and still symmetric
     S0, S1, S2, S3 = four_columns(S)
     block = (gl.arange(0, 64, gl.SliceLayout(1, COLUMN)) // 16)[:, None]
     D = gl.where(block == 0, S0, gl.where(block == 1, S1, gl.where(block == 2, S2, S3)))
@@ -192,11 +199,11 @@ def solve_64(S, b_s, G_s, tiles, lows, layout: gl.constexpr, GATED: gl.constexpr
     S2, S2_low = second(S2, PRECISE)
     b = gl.expand_dims(b_s.reshape([4, 16]).load(COLUMNS_OF), 1)
     minus_b = b * -1.0
-    X = solve_16(D, minus_b, PRECISE)
-
     r = gl.expand_dims(gl.expand_dims(gl.arange(0, 16, gl.SliceLayout(0, ROWS_OF)), 0), 2)
     c = gl.expand_dims(gl.expand_dims(gl.arange(0, 16, gl.SliceLayout(0, COLUMNS_OF)), 0), 1)
-    A, A_low = halves(X * minus_b + gl.where(r == c, 1.0, 0.0), PRECISE)
+    one = gl.where(r == c, 1.0, 0.0)
+    X = solve_16(D, minus_b, one, PRECISE)
+    A, A_low = halves(X * minus_b + one, PRECISE)
     A = gl.convert_layout(A, gl.DotOperandLayout(0, DIAGONAL, 2))
     A_low = gl.convert_layout(A_low, gl.DotOperandLayout(0, DIAGONAL, 2))
     Xd = gl.convert_layout(gl.reshape(X, [64, 16]), COLUMN)
@@ -205,9 +212,9 @@ def solve_64(S, b_s, G_s, tiles, lows, layout: gl.constexpr, GATED: gl.constexpr
     Z2 = column(A, A_low, S2, S2_low, Xd, block, 2, PRECISE)
     Z3 = gl.where(block == 3, Xd, 0.0)
 
-    M0, M0_low = first(gl.where(block > 0, Z0, 0.0) * (b_s.slice(0, 16, 0).load(gl.SliceLayout(0, COLUMN)) * -1.0)[None, :], PRECISE)
-    M1, M1_low = first(gl.where(block > 1, Z1, 0.0) * (b_s.slice(16, 16, 0).load(gl.SliceLayout(0, COLUMN)) * -1.0)[None, :], PRECISE)
-    M2, M2_low = first(gl.where(block > 2, Z2, 0.0) * (b_s.slice(32, 16, 0).load(gl.SliceLayout(0, COLUMN)) * -1.0)[None, :], PRECISE)
+    M0, M0_low = first(gl.where(block > 0, Z0 * (b_s.slice(0, 16, 0).load(ALONG) * -1.0)[None, :], 0.0), PRECISE)
+    M1, M1_low = first(gl.where(block > 1, Z1 * (b_s.slice(16, 16, 0).load(ALONG) * -1.0)[None, :], 0.0), PRECISE)
+    M2, M2_low = first(gl.where(block > 2, Z2 * (b_s.slice(32, 16, 0).load(ALONG) * -1.0)[None, :], 0.0), PRECISE)
     put(tiles[0], lows.index(0), Z0, PRECISE)
     Z0 = update(Z0, M0, M0_low, tiles[0], lows.index(0), 0, PRECISE)
     put(tiles[1], lows.index(1), Z0, PRECISE)
@@ -220,7 +227,7 @@ def solve_64(S, b_s, G_s, tiles, lows, layout: gl.constexpr, GATED: gl.constexpr
     Z0 = update(Z0, M2, M2_low, tiles[3], lows.index(3), 2, PRECISE)
     Z1 = update(Z1, M2, M2_low, tiles[4], lows.index(4), 2, PRECISE)
     Z2 = update(Z2, M2, M2_low, tiles[5], lows.index(5), 2, PRECISE)
-    return one_of_columns(Z0, Z1, Z2, Z3, layout)
+    return one_of_columns(Z0, gl.where(block > 0, Z1, 0.0), Z2, Z3, layout)
 
 
 @gluon.jit
@@ -249,21 +256,21 @@ def transform(
     GATED: gl.constexpr,
     REST: gl.constexpr,
 ):
-    place = gl.program_id(0)
-    head = gl.program_id(1)
-    _, chunk, begin, end = find_part(place, cu_seqlens, N, steps, T, CHUNK, PACKED)
+    gdc_launch_dependents()
+    # neighbouring heads run together and read whole rows; the first chunks run last, so that the forward finds them in L2
+    head = gl.program_id(0) % HV
+    place = gl.num_programs(0) // HV - 1 - gl.program_id(0) // HV
+    if PACKED:
+        _, chunk, begin, end = find_part(place, cu_seqlens, N, steps, T, CHUNK, PACKED)
+    else:
+        chunk = place // N
+        begin = (place % N).to(gl.int64) * T
+        end = begin + T
     first = begin + chunk * CHUNK
     if first < end:
         rows = gl.minimum(end - first, CHUNK).to(gl.int32)
         dtype: gl.constexpr = k.dtype
         k_s = gl.allocate_shared_memory(dtype, [CHUNK, K], gl.NVMMASharedLayout(128, 16, 2))
-        X_s = gl.allocate_shared_memory(dtype, [CHUNK, CHUNK], gl.NVMMASharedLayout(128, 16, 2))
-        tiles = (
-            gl.allocate_shared_memory(gl.float16, [CHUNK, 16], NARROW), gl.allocate_shared_memory(gl.float16, [CHUNK, 16], NARROW),
-            gl.allocate_shared_memory(gl.float16, [CHUNK, 16], NARROW), gl.allocate_shared_memory(gl.float16, [CHUNK, 16], NARROW),
-            gl.allocate_shared_memory(gl.float16, [CHUNK, 16], NARROW), gl.allocate_shared_memory(gl.float16, [CHUNK, 16], NARROW),
-        )  # fmt: skip  (not one array: places in one get barriers between them)
-        lows = gl.allocate_shared_memory(gl.float16, [6, CHUNK, 16], NARROW)
         b_s = gl.allocate_shared_memory(gl.float32, [CHUNK], gl.SwizzledSharedLayout(1, 1, 1, [0]))
         G_s = b_s
         if GATED:
@@ -295,15 +302,16 @@ def transform(
         S = warpgroup_mma(k_s, k_s.permute((1, 0)), gl.zeros([CHUNK, CHUNK], gl.float32, whole), use_acc=False, is_async=True)
         S = warpgroup_mma_wait(0, deps=[S])
         if above_one:
-            x = solve_64(S, b_s, G_s, tiles, lows, whole, GATED, True)
+            x = solve_64(S, b_s, G_s, whole, GATED, True)
         else:
-            x = solve_64(S, b_s, G_s, tiles, lows, whole, GATED, False)
+            x = solve_64(S, b_s, G_s, whole, GATED, False)
 
         r = gl.arange(0, CHUNK, gl.SliceLayout(1, wide))
         c = gl.arange(0, CHUNK, gl.SliceLayout(0, wide))
         at = along * 48 + gl.where(r < 32, r * 32, r * 64 - 1024)[:, None] + c[None, :]
         keep = ((r[:, None] >= 32) | (c[None, :] < 32)) & (r < rows)[:, None]
         high = x.to(dtype)
+        X_s = gl.allocate_shared_memory(dtype, [CHUNK, CHUNK], gl.NVMMASharedLayout(128, 16, 2))
         X_s.store(high)
         gl.store(X + at, X_s.load(wide), mask=keep)
         if REST:

@@ -46,3 +46,9 @@ def any_of_warp(flag):
     """flag, in a form that the assembler can see to be the same for the whole warp; wgmma in any other branch is serialised."""
     vote: gl.constexpr = "{ .reg .pred p; setp.ne.s32 p, $1, 0; vote.sync.any.pred p, p, 0xffffffff; selp.s32 $0, 1, 0, p; }"
     return gl.inline_asm_elementwise(vote, "=r,r", [flag.to(gl.int32)], dtype=gl.int32, is_pure=True, pack=1) != 0
+
+
+@gluon.jit
+def power_of_2(x):
+    """2^x in one instruction; what is below the least normal number is 0. gl.exp2 keeps it, at three more instructions."""
+    return gl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1)

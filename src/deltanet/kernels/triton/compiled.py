@@ -54,7 +54,8 @@ def _someone_listens() -> bool:
 
 
 def _options(config: LaunchConfig) -> dict[str, int | None]:
-    return {"num_warps": config.warps, "num_stages": config.stages, "maxnreg": config.registers}
+    options = {"num_warps": config.warps, "num_stages": config.stages, "maxnreg": config.registers}
+    return options | {"launch_pdl": True} if config.overlaps else options
 
 
 def together(run: Callable[[], Any]) -> None:
