@@ -59,21 +59,28 @@ def decay_block(L, G, i: tl.constexpr, j: tl.constexpr, rows):
 
 
 @triton.jit
-def store(X, X_low, i: tl.constexpr, j: tl.constexpr, x, rows, REST: tl.constexpr, LOW: tl.constexpr, TILE: tl.constexpr, HV: tl.constexpr):
-    """Write block (i, j) where the packed layout has it: rows 0..31 are 32 wide, rows 32..63 are 64 wide.
+def beside(a, b):
+    """Two blocks side by side."""
+    return tl.join(a, b).permute(0, 2, 1).reshape(a.shape[0], 2 * a.shape[1])
+
+
+@triton.jit
+def store(X, X_low, i: tl.constexpr, x, rows, REST: tl.constexpr, LOW: tl.constexpr, TILE: tl.constexpr, HV: tl.constexpr):
+    """Write block row i where the packed layout has it: rows 0..31 are 32 wide, rows 32..63 are 64 wide.
 
     With LOW, X has been written, and only what its rounding left is, as rows of LOW columns, a copy every TILE.
     """
-    r, c = tl.arange(0, 16)[:, None], tl.arange(0, 16)[None, :]
+    WIDTH: tl.constexpr = x.shape[1]
+    r, c = tl.arange(0, 16)[:, None], tl.arange(0, WIDTH)[None, :]
     if i < 2:
-        at = (i * 16 + r) * 32 + j * 16 + c
+        at = (i * 16 + r) * 32 + c
     else:
-        at = 1024 + (i * 16 - 32 + r) * 64 + j * 16 + c
+        at = 1024 + (i * 16 - 32 + r) * 64 + c
     mask = i * 16 + r + c * 0 < rows
     if LOW:
         low = x - tl.load(X + at, mask=mask, other=0.0).to(tl.float32)
         for copy in tl.static_range(LOW // TILE):
-            tl.store(X_low + (i * 16 + r) * (HV * LOW) + copy * TILE + j * 16 + c, low.to(X.dtype.element_ty), mask=mask)
+            tl.store(X_low + (i * 16 + r) * (HV * LOW) + copy * TILE + c, low.to(X.dtype.element_ty), mask=mask)
     else:
         high = x.to(X.dtype.element_ty)
         tl.store(X + at, high, mask=mask)
@@ -217,15 +224,7 @@ def transform(
         X00, X10, X11, X20, X21, X22, X30, X31, X32, X33 = solve_64(
             L00, L10, L11, L20, L21, L22, L30, L31, L32, L33, r0, r1, r2, r3, c0, c1, c2, c3, rows, False
         )
-    store(X, X_low, 0, 0, X00, rows, REST, LOW, TILE, HV)
-    store(X, X_low, 0, 1, zero, rows, REST, LOW, TILE, HV)
-    store(X, X_low, 1, 0, X10, rows, REST, LOW, TILE, HV)
-    store(X, X_low, 1, 1, X11, rows, REST, LOW, TILE, HV)
-    store(X, X_low, 2, 0, X20, rows, REST, LOW, TILE, HV)
-    store(X, X_low, 2, 1, X21, rows, REST, LOW, TILE, HV)
-    store(X, X_low, 2, 2, X22, rows, REST, LOW, TILE, HV)
-    store(X, X_low, 2, 3, zero, rows, REST, LOW, TILE, HV)
-    store(X, X_low, 3, 0, X30, rows, REST, LOW, TILE, HV)
-    store(X, X_low, 3, 1, X31, rows, REST, LOW, TILE, HV)
-    store(X, X_low, 3, 2, X32, rows, REST, LOW, TILE, HV)
-    store(X, X_low, 3, 3, X33, rows, REST, LOW, TILE, HV)
+    store(X, X_low, 0, beside(X00, zero), rows, REST, LOW, TILE, HV)
+    store(X, X_low, 1, beside(X10, X11), rows, REST, LOW, TILE, HV)
+    store(X, X_low, 2, beside(beside(X20, X21), beside(X22, zero)), rows, REST, LOW, TILE, HV)
+    store(X, X_low, 3, beside(beside(X30, X31), beside(X32, X33)), rows, REST, LOW, TILE, HV)
