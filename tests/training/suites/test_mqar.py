@@ -33,7 +33,6 @@ def test_models_of_the_protocol(model, depth, heads, norm, feed_forward, dropout
     assert (config.feed_forward, config.dropout, config.positions) == (feed_forward, dropout, positions)
     assert config.tie_embeddings
     assert not getattr(config.mixer, "rotary", False)
-    assert getattr(config.mixer, "feature_map", "identity") == "identity"
 
 
 def test_the_identity_adds_the_normalised_stream() -> None:

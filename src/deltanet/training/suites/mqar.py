@@ -4,8 +4,7 @@ The protocol is that of Arora et al. 2023 (arXiv 2312.04927, figure 2, HazyResea
 the identity (x <- x + norm(x)), tied embeddings with dropout 0.1, 100,000 examples in the same order in each of up to 64 epochs, four learning
 rates of which the best counts, done above 99%. Attention has two layers of one head and learns positions; the others have four layers, two heads
 and no positions; Mamba's blocks are its own, RMSNorm and mixer, without dropout. So does the set-up of the paper's second author
-(berlino/seq-test, zoology/experiments/mqar), which has DeltaNet, GLA and attention. DeltaNet without convolution has no silu on q and k either:
-in the authors' layer of 2024 it came with the convolution, and silu's keys, hardly ever below zero, leave less room for 64 pairs.
+(berlino/seq-test, zoology/experiments/mqar), which has DeltaNet, GLA and attention.
 """
 
 import re
@@ -16,7 +15,7 @@ from pathlib import Path
 from deltanet.data.synthetic import MQAR
 from deltanet.data.synthetic.paper import MQAR as PAPER
 from deltanet.evaluation.suite_plots import plot_curves
-from deltanet.layers import AttentionConfig, DeltaNetConfig, MambaConfig
+from deltanet.layers import AttentionConfig, MambaConfig
 from deltanet.training.suites.cell import Cell, Recipe, Test
 from deltanet.training.suites.mixers import mixer
 from deltanet.training.suites.model import SuiteModelConfig
@@ -61,8 +60,6 @@ class MQARSuite(Suite):
         attends, own = isinstance(layer, AttentionConfig), isinstance(layer, MambaConfig)
         if isinstance(layer, AttentionConfig):
             layer = replace(layer, rotary=False)
-        elif isinstance(layer, DeltaNetConfig) and not layer.short_conv:
-            layer = replace(layer, feature_map="identity")
         recipe = Recipe(
             train_examples=100_000,
             batch_size=BATCH.get(length, max(1, 2**16 // length)),
