@@ -50,6 +50,8 @@ def short_conv(lengths: list[int] | None, behind: bool) -> None:
         y = kernel.short_conv_forward(x, weight, bias, tail, cu_seqlens, "silu", 5, 1e-6)
         kernel.short_conv_backward(y, x, weight, bias, tail, cu_seqlens, "silu", 5, 1e-6)
         kernel.short_conv_backward(y, x, weight, None, None, cu_seqlens, "silu", 0, 1e-6)
+        token = fenced(torch.randn(N, 1, D), behind=behind)
+        kernel.short_conv_step(token, weight, bias, tail, "silu", 5, 1e-6, inplace=True)
     finally:
         torch.empty, torch.empty_like = empty, empty_like
 

@@ -159,6 +159,27 @@ def test_is_an_operator(packed: bool, given: str) -> None:
     torch.library.opcheck(operator._short_conv, (*leaves, cu_seqlens, *options))
 
 
+@pytest.mark.parametrize("width", [2, 4, 8])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_steps_of_one_token(width: int, overwrite: bool) -> None:
+    """Each gives what the whole sequence gives; the old tail stays, unless it may go."""
+    (x, _, bias, tail), _, _, _ = make(B=3, T=11, D=12, width=width)
+    layer = ShortConv(12, width).to(DEVICE)
+    given = dict(activation="silu", bias=bias, unit=6)
+    with torch.no_grad():
+        whole, last = layer(x, tail, **given)
+        state, parts = tail.clone(), []
+        for token in x.split(1, 1):
+            before = state.clone()
+            y, new = layer(token, state, **given, overwrite=overwrite)
+            assert (new is state) == overwrite
+            assert overwrite or torch.equal(state, before)
+            state = new
+            parts.append(y)
+    assert torch.equal(torch.cat(parts, 1), whole)
+    assert torch.equal(state, last)
+
+
 @pytest.mark.parametrize("lengths", [None, [5, 0, 9, 1]], ids=["rows", "packed"])
 @pytest.mark.parametrize("streams", [False, True])
 def test_the_layer_gives_what_pytorch_gives(monkeypatch: pytest.MonkeyPatch, lengths: list[int] | None, streams: bool) -> None:

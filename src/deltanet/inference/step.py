@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deltanet.layers import snapshot
+from deltanet.layers import Mixer, snapshot
 from deltanet.models import LanguageModel
 
 EAGER = 8  # tokens before a step is captured, which takes as long as some tens of them: short answers go without
@@ -44,10 +44,19 @@ class Step:
         graph = torch.cuda.CUDAGraph()
         # Weights that autocast narrows must be narrowed inside: what it keeps for other calls is freed when it likes.
         autocast = torch.autocast("cuda", torch.get_autocast_dtype("cuda"), torch.is_autocast_enabled("cuda"), cache_enabled=False)
-        with torch.cuda.device_of(tokens), torch.cuda.graph(graph), autocast:
-            logits, state = self._model(self._tokens[:, None], self._state)
-            torch._foreach_copy_(_tensors(self._state), _tensors(state))
-            self._logits = logits[:, -1]
+        mixers = [module for module in self._model.modules() if isinstance(module, Mixer)]
+        try:
+            for mixer in mixers:
+                mixer.overwrite = True
+            with torch.cuda.device_of(tokens), torch.cuda.graph(graph), autocast:
+                logits, state = self._model(self._tokens[:, None], self._state)
+                moved = [(old, new) for old, new in zip(_tensors(self._state), _tensors(state), strict=True) if old is not new]
+                for old, new in moved:
+                    old.copy_(new)
+                self._logits = logits[:, -1]
+        finally:
+            for mixer in mixers:
+                mixer.overwrite = False
         self._graph = graph
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from deltanet.layers.mixer import Mixer
 from deltanet.layers.norm import RMSNorm, sum_normalize, widen
 from deltanet.layers.short_conv import ACTIVATIONS, ShortConv, activate
-from deltanet.ops import chunk_delta_rule, recurrent_delta_rule
+from deltanet.ops import chunk_delta_rule, decode_step, recurrent_delta_rule
 from deltanet.ops.segments import times
 
 __all__ = ["DeltaNet", "DeltaNetConfig", "DeltaNetState"]
@@ -174,6 +174,8 @@ class DeltaNet(Mixer):
     ) -> tuple[Tensor, Tensor | None]:
         """o `[B, T, HV, V]` and the new memory. k, v and beta hold the heads of a token's first step, then of its second, ..."""
         T, steps = q.shape[1], self.steps
+        if self.overwrite and memory is not None and T == steps == 1 and cu_seqlens is None:
+            return decode_step(q, k, v, beta, g, state=memory, backend=self.backend), memory
         # One token is a step of the recurrence; everything longer goes by chunks.
         rule = recurrent_delta_rule if T == 1 and cu_seqlens is None else chunk_delta_rule
         if steps > 1:  # a token becomes `steps` tokens, of which the last has the query and is read
@@ -193,7 +195,7 @@ class DeltaNet(Mixer):
         """x `[B, T, D]` convolved, activated and, in units of so many channels, L2-normalised; and the new tail."""
         if not self.config.short_conv:
             return activate(x, activation, unit), tail
-        return getattr(self, name)(x, tail, cu_seqlens, activation=activation, unit=unit)
+        return getattr(self, name)(x, tail, cu_seqlens, activation=activation, unit=unit, overwrite=self.overwrite)
 
     def init_state(
         self, batch: int = 1, device: torch.device | None = None, dtype: torch.dtype | None = None

@@ -159,7 +159,7 @@ class LinearAttentionLayer(Mixer):
         """q, k or v `[B, T, H, ...]`, and the new tail of its convolution if one was given."""
         y = getattr(self, f"{name}_proj")(x)
         if self.short_conv:
-            y, tail = getattr(self, f"{name}_conv")(y, tail, cu_seqlens, activation="silu")
+            y, tail = getattr(self, f"{name}_conv")(y, tail, cu_seqlens, activation="silu", overwrite=self.overwrite)
         return y.unflatten(-1, (self.heads, -1)), tail
 
     def _read_out(self, x: Tensor, o: Tensor) -> Tensor:

@@ -98,7 +98,7 @@ class Mamba(Mixer):
         u, z = self.in_proj(x).chunk(2, -1)
         tail = None if state is None else state.tail
         if self.config.short_conv:
-            u, tail = self.conv(u, tail, cu_seqlens, activation="silu", bias=self.conv_bias)
+            u, tail = self.conv(u, tail, cu_seqlens, activation="silu", bias=self.conv_bias, overwrite=self.overwrite)
         else:
             u = F.silu(u)
         rank, S = self.step_rank, self.config.state

@@ -21,6 +21,7 @@ class Mixer(nn.Module):
     """
 
     config: Any
+    overwrite = False  # whether a step of one token may write the new state over the one it is given, where a kernel can
 
     def __init__(self, d_model: int) -> None:
         super().__init__()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from deltanet.layers.norm import L2_EPS, l2_normalize
 from deltanet.layers.rotary import positions
-from deltanet.ops.short_conv import fused_short_conv, refuse_short_conv
+from deltanet.ops.short_conv import fused_short_conv, fused_short_conv_step, refuse_short_conv
 
 __all__ = ["ACTIVATIONS", "ShortConv", "activate"]
 
@@ -57,6 +57,7 @@ class ShortConv(nn.Module):
         activation: str = "identity",
         bias: Tensor | None = None,
         unit: int | None = None,
+        overwrite: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """The convolved sequence, and the new tail if one was given. With `cu_seqlens` `[N + 1]`, x is `[1, T, D]`.
 
@@ -64,11 +65,16 @@ class ShortConv(nn.Module):
             activation: what the sums pass through, a name of ACTIVATIONS.
             bias: `[D]`, added to the sums.
             unit: so many channels, which must divide D, are L2-normalised together at the end; none if not given.
+            overwrite: where one token of each sequence is a kernel's step, its new tail may take the old one's place.
         """
         if unit is not None and x.shape[-1] % unit:
             raise ValueError(f"unit must divide D = {x.shape[-1]}, got {unit}: channels are normalised in whole units")
         tail = None if tail is None else tail.to(x.dtype)
         if refuse_short_conv(x, self.width, unit or 0) is None:
+            if tail is not None and x.shape[1] == 1 and cu_seqlens is None:
+                step = fused_short_conv_step(x, self.weight, bias, tail, activation, unit or 0, L2_EPS, inplace=overwrite)
+                if step is not None:
+                    return step
             y = fused_short_conv(x, self.weight, bias, tail, cu_seqlens, activation, unit or 0, L2_EPS)
         else:
             y = self._sum(x, tail, cu_seqlens)

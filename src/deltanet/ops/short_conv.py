@@ -9,7 +9,7 @@ from deltanet.kernels import triton as kernels
 from deltanet.ops.autograd import plain
 from deltanet.ops.segments import check_boundaries
 
-__all__ = ["fused_short_conv", "refuse_short_conv"]
+__all__ = ["fused_short_conv", "fused_short_conv_step", "refuse_short_conv"]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 WIDTHS = (2, 8)  # the window and its gradients live in registers
@@ -46,6 +46,17 @@ def fused_short_conv(
         return _short_conv(*call)
     needed = torch.is_grad_enabled() and any(z is not None and z.requires_grad for z in call[:4])
     return _Eager.apply(*call) if needed else _forward(*call)
+
+
+def fused_short_conv_step(
+    x: Tensor, weight: Tensor, bias: Tensor | None, tail: Tensor, activation: str, unit: int, eps: float, *, inplace: bool
+) -> tuple[Tensor, Tensor] | None:
+    """y and the new tail, in place if asked, of one token `[N, 1, D]` of each sequence; None with gradients on, or when something looks on."""
+    if not plain(x) or torch.is_grad_enabled():
+        return None
+    from deltanet.kernels.triton.short_conv import short_conv_step
+
+    return short_conv_step(x, weight, bias, tail, activation, unit, eps, inplace=inplace)
 
 
 def _forward(

@@ -18,7 +18,7 @@ from deltanet.kernels.launch import LaunchConfig
 from deltanet.kernels.triton.compiled import launch, on_its_device
 from deltanet.kernels.triton.tiles import find_part
 
-__all__ = ["short_conv_backward", "short_conv_forward"]
+__all__ = ["short_conv_backward", "short_conv_forward", "short_conv_step"]
 
 # Tokens of one program. Its first P inputs are read twice and, in the backward, P tokens of gradients made twice, 5% at 64; a share of dw is
 # written by each, 4% of the traffic.
@@ -109,6 +109,7 @@ def forward(
     tail,  # [N, P, D], TAIL only
     cu_seqlens,  # [N + 1], PACKED only
     y,  # [tokens, D] out
+    new_tail,  # [N, P, D] out, STEP only: one token a sequence; may be `tail`
     T,
     N,
     steps,
@@ -126,6 +127,7 @@ def forward(
     PACKED: tl.constexpr,
     PART: tl.constexpr,
     ROWS: tl.constexpr,
+    STEP: tl.constexpr,
 ):
     n, part, begin, end = find_part(tl.program_id(0), cu_seqlens, N, steps, T, PART, PACKED)
     first = begin + part * PART
@@ -153,6 +155,10 @@ def forward(
                 h *= _inverse_norm(h, in_d, eps, ACTIVATION)
             tl.store(y + (t + i) * D + channel, h.to(y.dtype.element_ty), mask=in_d & (t + i < tokens))
             window = window[1:]
+    if STEP:
+        new_tail += n.to(tl.int64) * (WIDTH - 1) * D
+        for i in tl.static_range(WIDTH - 1):
+            tl.store(new_tail + i * D + channel, window[i].to(new_tail.dtype.element_ty), mask=in_d)
 
 
 @triton.jit(do_not_specialize=["T", "N", "steps", "eps"])
@@ -264,12 +270,12 @@ class _Call:
         )  # fmt: skip
         self.key = (x.device, D, stride, max(B * T, N) >= 2**31, *self.constants.values())
 
-    def run(self, kernel, name: str, tensors: tuple, eps: float, rows: int) -> None:
+    def run(self, kernel, name: str, tensors: tuple, eps: float, **constants: int) -> None:
         stand_in = tensors[0]  # where a tensor is missing, another stands in, and is never followed
         tensors = tuple(stand_in if tensor is None else tensor for tensor in tensors)
         key = (name, *self.key, *((tensor.dtype, tensor.data_ptr() % 16) for tensor in tensors))
         places, sizes = self.sizes
-        launch(kernel, key, self.grid, (*tensors, *places, eps, *sizes), self.config, lambda: dict(**self.constants, ROWS=rows))
+        launch(kernel, key, self.grid, (*tensors, *places, eps, *sizes), self.config, lambda: self.constants | constants)
 
 
 def _ready(x: Tensor) -> Tensor:
@@ -297,8 +303,23 @@ def short_conv_forward(
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     call = _Call(x, weight, bias, tail, cu_seqlens, activation, unit)
     if y.numel():
-        call.run(forward, "short_conv", (x, weight.contiguous(), bias, tail, cu_seqlens, y), eps, FORWARD_ROWS)
+        tensors = (x, weight.contiguous(), bias, tail, cu_seqlens, y, None)
+        call.run(forward, "short_conv", tensors, eps, ROWS=FORWARD_ROWS, STEP=False)
     return y
+
+
+@on_its_device
+def short_conv_step(
+    x: Tensor, weight: Tensor, bias: Tensor | None, tail: Tensor, activation: str, unit: int, eps: float, *, inplace: bool
+) -> tuple[Tensor, Tensor]:
+    """One token `[N, 1, D]` of each sequence, as `short_conv_forward`, and the new tail, which is `tail` where that is `inplace`. No gradient."""
+    x, contiguous = _ready(x), tail.contiguous()
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    new_tail = contiguous if inplace and contiguous is tail else torch.empty_like(contiguous)
+    call = _Call(x, weight, bias, contiguous, None, activation, unit)
+    if y.numel():
+        call.run(forward, "short_conv_step", (x, weight.contiguous(), bias, contiguous, None, y, new_tail), eps, ROWS=1, STEP=True)
+    return y, new_tail
 
 
 @on_its_device
@@ -322,7 +343,7 @@ def short_conv_backward(
     shares = torch.empty(call.places, width + (bias is not None), call.D, dtype=torch.float32, device=x.device)
     if x.shape[2] and call.places:
         tensors = (dy.contiguous(), x, weight.contiguous(), bias, tail, cu_seqlens, dx, shares, dtail)
-        call.run(backward, "short_conv_backward", tensors, eps, BACKWARD_ROWS)
+        call.run(backward, "short_conv_backward", tensors, eps, ROWS=BACKWARD_ROWS)
     elif dtail is not None:
         dtail.zero_()
     sums = shares.sum(0)
