@@ -9,6 +9,8 @@ read once by each kernel (and P tokens of every part once more) and every number
 dw leaves as one share per part of a sequence and is added up outside, in the same order every time.
 """
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
@@ -255,27 +257,36 @@ class _Call:
     def __init__(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, tail: Tensor | None, cu_seqlens: Tensor | None, activation: str, unit: int
     ):
-        (B, T, D), width, packed = x.shape, weight.shape[-1], cu_seqlens is not None
+        (B, T, D), packed = x.shape, cu_seqlens is not None
         N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        self.N, self.D, self.places = N, D, T // PART + N if packed else N * -(-T // PART)
-        BK = max(16, triton.next_power_of_2(unit)) if unit else CHANNELS
-        units = max(1, CHANNELS // BK)
-        self.grid = (self.places, triton.cdiv(D, units * (unit or BK)), 1)
-        self.config = CONFIGS[max(1, BK // CHANNELS)]
+        self.D, self.places = D, T // PART + N if packed else N * -(-T // PART)
         stride = x.stride(1) if T > 1 else x.stride(0)
         self.sizes = (T, N, N.bit_length()), (D, stride)
-        self.constants = dict(
-            WIDTH=width, UNIT=unit or BK, BK=BK, UNITS=units, ACTIVATION=activation, NORMALIZE=bool(unit), BIAS=bias is not None,
-            TAIL=tail is not None, PACKED=packed, PART=PART,
-        )  # fmt: skip
-        self.key = (x.device, D, stride, max(B * T, N) >= 2**31, *self.constants.values())
+        self.columns, self.config, self.constants = _plan(
+            D, weight.shape[-1], activation, unit, bias is not None, tail is not None, packed, PART
+        )
+        # what decides the code, beside dtypes and alignments
+        self.key = (x.device, D, stride, max(B * T, N) >= 2**31, weight.shape[-1], activation, unit, bias is None, tail is None, packed, PART)
 
     def run(self, kernel, name: str, tensors: tuple, eps: float, **constants: int) -> None:
         stand_in = tensors[0]  # where a tensor is missing, another stands in, and is never followed
-        tensors = tuple(stand_in if tensor is None else tensor for tensor in tensors)
-        key = (name, *self.key, *((tensor.dtype, tensor.data_ptr() % 16) for tensor in tensors))
+        tensors = tuple([stand_in if tensor is None else tensor for tensor in tensors])
+        key = (name, *self.key, *[(tensor.dtype, tensor.data_ptr() % 16) for tensor in tensors])
         places, sizes = self.sizes
-        launch(kernel, key, self.grid, (*tensors, *places, eps, *sizes), self.config, lambda: self.constants | constants)
+        grid = (self.places, self.columns, 1)
+        launch(kernel, key, grid, (*tensors, *places, eps, *sizes), self.config, lambda: self.constants | constants)
+
+
+@cache
+def _plan(D: int, width: int, activation: str, unit: int, bias: bool, tail: bool, packed: bool, part: int) -> tuple[int, LaunchConfig, dict]:
+    """Programs side by side over D channels, their warps, and the kernels' constants."""
+    BK = max(16, triton.next_power_of_2(unit)) if unit else CHANNELS
+    units = max(1, CHANNELS // BK)
+    constants = dict(
+        WIDTH=width, UNIT=unit or BK, BK=BK, UNITS=units, ACTIVATION=activation, NORMALIZE=bool(unit), BIAS=bias, TAIL=tail, PACKED=packed,
+        PART=part,
+    )  # fmt: skip
+    return triton.cdiv(D, units * (unit or BK)), CONFIGS[max(1, BK // CHANNELS)], constants
 
 
 def _ready(x: Tensor) -> Tensor:
