@@ -283,9 +283,9 @@ def test_a_comparison_from_a_file(here, capsys, tmp_path):
 def test_models_side_by_side_have_a_gpu_each(monkeypatch, tmp_path, capsys):
     commands, both = [], threading.Barrier(2)
 
-    def follow(command, prefix):
+    def follow(command, prefix, gpu):
         both.wait(10)  # two at a time
-        commands.append((prefix, command[command.index("--only") + 1], command[-1]))
+        commands.append((prefix, command[command.index("--only") + 1], gpu))
         return 0
 
     monkeypatch.setattr(compare_command, "follow", follow)
@@ -293,13 +293,34 @@ def test_models_side_by_side_have_a_gpu_each(monkeypatch, tmp_path, capsys):
     models = ["gla", "retnet", "mamba", "deltanet"]
     assert compare_command.train_side_by_side([], options, models, tmp_path) == [0, 0, 0, 0]
     assert sorted((prefix, model) for prefix, model, _ in commands) == sorted(zip(models, models, strict=True))
-    assert sorted(device for *_, device in commands) == ["cuda:0", "cuda:0", "cuda:1", "cuda:1"]
+    assert sorted(gpu for *_, gpu in commands) == ["0", "0", "1", "1"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,GPU-abc")
+    compare_command.train_side_by_side([], options, models[:2], tmp_path)
+    assert sorted(gpu for *_, gpu in commands[4:]) == ["5", "GPU-abc"]
+
+
+@pytest.mark.gpu
+def test_a_gpu_may_be_named(place, tmp_path):
+    """In a process that has not asked for any GPU before."""
+    command = ["train", "--data", "text.txt", *TINY, "--device", "cuda:0", "--steps", "2", "--out", tmp_path / "run", "--quiet"]
+    assert finish(start(*command, cwd=place[0]))[0] == 0
+    assert finish(start("generate", tmp_path / "run", "-p", "the", "--max-tokens", "3", "--device", "cuda:0", cwd=place[0]))[0] == 0
+
+
+@pytest.mark.multi_gpu
+def test_two_gpus_give_what_one_gives(place, tmp_path):
+    tables = []
+    for gpus in ("1", "2"):
+        out = tmp_path / gpus
+        assert finish(start(*COMPARE, "--device", "auto", "--gpus", gpus, "--out", out, "--quiet", cwd=place[0]), 300)[0] == 0
+        tables.append({row["model"]: row["loss"] for row in json.loads((out / "comparison.json").read_text())["rows"]})
+    assert tables[0] == tables[1]
 
 
 def test_lines_of_one_of_several_models_say_whose_they_are(capsys):
-    command = [sys.executable, "-c", "print('step 1'); print('step 2'); raise SystemExit(3)"]
-    assert compare_command.follow(command, "gla") == 3
-    assert capsys.readouterr().out == "gla              step 1\ngla              step 2\n"
+    command = [sys.executable, "-c", "import os; print('step 1'); print(os.environ['CUDA_VISIBLE_DEVICES']); raise SystemExit(3)"]
+    assert compare_command.follow(command, "gla", "GPU-abc") == 3
+    assert capsys.readouterr().out == "gla              step 1\ngla              GPU-abc\n"
 
 
 def test_mistakes_in_comparing(here, capsys, tmp_path):

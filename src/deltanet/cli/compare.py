@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import os
 import queue
 import subprocess
 import sys
@@ -67,12 +68,14 @@ def run(args: list[str]) -> int:
     args = with_sections(args, Comparison, CompareOptions)
     options, comparison = compare_options(args)
     out = options.out or Path("runs") / f"compare-{Path(comparison.data.source).name.split('.')[0] or 'text'}-{comparison.size}"
+    if options.only is not None:
+        return train_here(comparison, options, out)
     if options.gpus < 1:
         raise ValueError(f"gpus must be at least 1, got {options.gpus}")
     if options.gpus > max(1, torch.cuda.device_count()):
         raise ValueError(f"gpus must be at most the {torch.cuda.device_count()} that are there, got {options.gpus}")
-    if options.only is not None:
-        return train_here(comparison, options, out)
+    if options.gpus > 1 and comparison.train.device not in ("auto", "cuda"):
+        raise ValueError(f"with gpus above 1 every model has a GPU of its own, got device {comparison.train.device!r} too: leave one of them out")
     new = not (out / SETTINGS).exists()
     begin(comparison, options.models, out)
     left = [model for model in options.models if read_row(out / model) is None]
@@ -141,10 +144,11 @@ def train_here(comparison: Comparison, options: CompareOptions, out: Path) -> in
 
 
 def train_side_by_side(args: list[str], options: CompareOptions, models: list[str], out: Path) -> list[int]:
-    """The exit code of each model's process. A process of its own for each, so that its memory is its own too."""
+    """The exit code of each model's process. A process of its own for each, so that its memory is its own too; of several GPUs it sees one."""
     devices: queue.Queue[str | None] = queue.Queue()
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
     for index in range(options.gpus):
-        devices.put(f"cuda:{index}" if options.gpus > 1 else None)
+        devices.put(None if options.gpus == 1 else seen[index] if seen != [""] else str(index))
     failed = threading.Event()
 
     def train_one(model: str) -> int:
@@ -152,11 +156,10 @@ def train_side_by_side(args: list[str], options: CompareOptions, models: list[st
         try:
             if failed.is_set():
                 return 0
-            placed = [] if device is None else ["--train.device", device]
-            command = [sys.executable, "-m", "deltanet", "compare", *args, "--out", str(out), "--only", model, *placed]
+            command = [sys.executable, "-m", "deltanet", "compare", *args, "--out", str(out), "--only", model]
             if not (options.json or options.quiet):
-                print(f"== {model}" + (f" on {device}" if device else ""), flush=True)
-            code = follow(command, model if options.gpus > 1 and not options.json else None)
+                print(f"== {model}" + (f" on GPU {device}" if device else ""), flush=True)
+            code = follow(command, model if options.gpus > 1 and not options.json else None, device)
             if code in (2, 130):  # bad input, which the others would meet too, or Ctrl-C
                 failed.set()
             return code
@@ -167,9 +170,13 @@ def train_side_by_side(args: list[str], options: CompareOptions, models: list[st
         return list(pool.map(train_one, models))
 
 
-def follow(command: list[str], prefix: str | None) -> int:
-    """Runs `command` to its end, its lines behind `prefix` if others run beside it; passes Ctrl-C on by waiting for it to save."""
-    with subprocess.Popen(command, stdout=None if prefix is None else subprocess.PIPE, text=True) as process:
+def follow(command: list[str], prefix: str | None, gpu: str | None = None) -> int:
+    """Runs `command` to its end, its lines behind `prefix` if others run beside it; it sees no GPU but `gpu`, if given.
+
+    Passes Ctrl-C on by waiting for it to save.
+    """
+    environment = {**os.environ, **({} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu})}
+    with subprocess.Popen(command, stdout=None if prefix is None else subprocess.PIPE, text=True, env=environment) as process:
         while True:
             try:
                 for line in process.stdout or ():

@@ -29,6 +29,8 @@ def choose_device(name: str) -> torch.device:
     count = torch.cuda.device_count()
     if device.type == "cuda" and (device.index or 0) >= count:
         raise ValueError(f"device must be one that is there, got {name!r} with {count} GPUs: choose another, or auto")
+    if device.type == "cuda":
+        torch.cuda.init()  # asked about a GPU by its number before that, torch knows of none
     return device
 
 
