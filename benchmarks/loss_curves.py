@@ -1,6 +1,6 @@
 """The same model trained by several backends from the same weights on the same windows: do the losses agree?
 
-    python benchmarks/loss_curves.py --size 340m --backends hopper triton reference --batch 2 --micro 2 --limit 200 --out curves.json
+    python benchmarks/loss_curves.py --size 340m --backends hopper triton reference --limit 180 --out curves.json
 
 Bytes of the bundled novels, AdamW, bf16 products as in training, at a rate so low that no step jumps: a jump multiplies whatever rounding
 two backends differ by. Writes a JSON of all losses and a plot; `--limit` stops a backend after so many seconds (the reference is slow), and
@@ -24,9 +24,9 @@ from deltanet.training.optimizer import build_optimizer, learning_rate
 from deltanet.training.trainer import train_step
 
 
-def windows(text: bytes, step: int, batch: int, context: int, device: torch.device) -> Batch:
+def windows(text: bytes, step: int, batch: int, context: int, seed: int, device: torch.device) -> Batch:
     """The windows of a step: the same for everybody."""
-    gen = torch.Generator().manual_seed(step)
+    gen = torch.Generator().manual_seed((seed << 32) + step)
     starts = torch.randint(len(text) - context - 1, (batch,), generator=gen).tolist()
     rows = torch.tensor([list(text[s : s + context + 1]) for s in starts], device=device)
     return Batch(rows[:, :-1], rows[:, 1:], None, torch.tensor(starts), batch * context, batch * context)
@@ -34,13 +34,13 @@ def windows(text: bytes, step: int, batch: int, context: int, device: torch.devi
 
 def train(backend: str, text: bytes, options: argparse.Namespace, device: torch.device) -> tuple[list[float], float]:
     """Loss of each step, and the median seconds of a step."""
-    torch.manual_seed(0)
+    torch.manual_seed(options.seed)
     model = LanguageModel(preset(options.size, vocab_size=257), backend=backend).to(device)
     config = TrainConfig(steps=options.steps, learning_rate=options.learning_rate, warmup_steps=options.warmup_steps)
     optimizer, losses, seconds = build_optimizer(model, config), [], []
     begin = time.perf_counter()
     for step in range(options.steps):
-        batch = windows(text, step, options.batch, options.context, device)
+        batch = windows(text, step, options.batch, options.context, options.seed, device)
         rows = [slice(i, i + options.micro) for i in range(0, options.batch, options.micro)]
         parts = [batch._replace(inputs=batch.inputs[r], targets=batch.targets[r], scored=batch.targets[r].numel()) for r in rows]
         start = time.perf_counter()
@@ -63,8 +63,9 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8, help="windows of a step")
     parser.add_argument("--micro", type=int, default=8, help="windows of a forward pass")
     parser.add_argument("--context", type=int, default=2048)
-    parser.add_argument("--learning-rate", type=float, default=1e-4, help="the peak")
-    parser.add_argument("--warmup-steps", type=int, default=20)
+    parser.add_argument("--learning-rate", type=float, default=5e-5, help="the peak")
+    parser.add_argument("--warmup-steps", type=int, default=30)
+    parser.add_argument("--seed", type=int, default=0, help="of the weights and the windows")
     parser.add_argument("--limit", type=float, default=60.0, help="seconds a backend may take")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, required=True, help="the JSON file; the plot lies beside it")

@@ -25,7 +25,7 @@ SPILLS = {
     "hopper_forward-2-64-plain": 60,
     "hopper_forward-2-64-gated": 200,
     "hopper_backward-2-128-plain": 48,
-    "hopper_backward-2-128-gated": 700,
+    "hopper_backward-2-128-gated": 640,
     "hopper_backward-2-64-plain": 32,
     "hopper_backward-2-64-gated": 32,
 }

@@ -89,11 +89,11 @@ def decay_between(G, keep, acc: gl.constexpr):
 
 @gluon.jit
 def gradients(
-    tiles, bars, outputs, columns, G_at, span, scale,
+    tiles, bars, outputs, columns, span, scale,
     HV: gl.constexpr, K: gl.constexpr, V: gl.constexpr, GATED: gl.constexpr, RAGGED: gl.constexpr,
 ):  # fmt: skip
     if GATED:
-        gradients_gated(tiles, bars, outputs, columns, G_at, span, scale, HV, K, V, RAGGED)
+        gradients_gated(tiles, bars, outputs, columns, span, scale, HV, K, V, RAGGED)
     else:
         gradients_plain(tiles, bars, outputs, columns, span, scale, HV, K, V, RAGGED)
 
@@ -218,7 +218,6 @@ def gradients_gated(
     bars,
     outputs,
     columns,
-    G_at,
     span,
     scale,
     HV: gl.constexpr,
@@ -234,7 +233,9 @@ def gradients_gated(
     dtype: gl.constexpr = sK.dtype
     acc_c: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, CHUNK, 16])
     acc_k: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, K, 16])
-    by_row: gl.constexpr = gl.SliceLayout(1, acc_k)
+    left_k: gl.constexpr = gl.DotOperandLayout(0, acc_k, 2)
+    by_row: gl.constexpr = gl.SliceLayout(1, left_k)
+    rows_k: gl.constexpr = gl.SliceLayout(1, acc_k)
     r = gl.arange(0, CHUNK, gl.SliceLayout(1, acc_c))
     c = gl.arange(0, CHUNK, gl.SliceLayout(0, acc_c))
     none_c = gl.zeros([CHUNK, CHUNK], gl.float32, acc_c)
@@ -271,7 +272,7 @@ def gradients_gated(
         sW, sdP, sOut = all_W.index(here), all_dP.index(here), all_Out.index(here)
         strength = sB.index(stage)
         decay = sG.index(stage)
-        last = gl.load(G_at + gl.minimum(i * CHUNK + CHUNK, rows) - 1)
+        last = gl.sum(decay.slice(63, 1, 0).load(gl.SliceLayout(1, acc_k)), 0)
         mbarrier.wait(bars.index(LOADED_OUTS), phase)
         mbarrier.wait(bars.index(LOADED_ERRORS), phase)
         dP = warpgroup_mma(sdO, sE.permute((1, 0)), none_c, use_acc=False, is_async=True)
@@ -284,24 +285,23 @@ def gradients_gated(
         fence_async_shared()
         mbarrier.wait(bars.index(LOADED_STATE), phase)
         dQ = warpgroup_mma(sdO, sS, none_k, use_acc=False, is_async=True)
-        into = gl.exp2(decay.load(by_row)) * scale
+        into = gl.exp2(decay.load(gl.SliceLayout(1, acc_k))) * scale
         dQ = warpgroup_mma_wait(0, deps=[dQ])
         mbarrier.arrive(bars.index(FREED_OUTS), count=1)
         dQ = dQ * into[:, None]
         dQ = warpgroup_mma(sdP, keys, dQ, is_async=True)
         there = back >> ALSO_0
         sE, sdP, queries = all_E.index(there), all_dP.index(there), sQ.index(stage + there)
-
-        # dK as a place of writing: V' D^T + dP^T Q + dL^T K
-        mbarrier.wait(bars.index(READY_D), phase)
-        dK = warpgroup_mma(sE, sD, none_k, use_acc=False, is_async=True)
-        dQ = warpgroup_mma_wait(1, deps=[dQ])
+        dQ = warpgroup_mma_wait(0, deps=[dQ])
         tma.store_wait(0)
         sOut.store(dQ.to(dtype))
         fence_async_shared()
         put(dq, dq_at, sOut, at, key_column, key_stride, left, RAGGED)
+        # dK as a place of writing: V' D^T + dP^T Q + dL^T K
+        mbarrier.wait(bars.index(READY_D), phase)
+        dK = warpgroup_mma(sE, sD, none_k, use_acc=False, is_async=True)
         dG = gl.sum(widened(queries.load(acc_k)) * dQ, 1)
-        onward = gl.exp2(last - decay.load(by_row)) * strength.load(by_row) * scale
+        onward = gl.exp2(last - decay.load(rows_k)) * strength.load(rows_k) * scale
         dK = warpgroup_mma_wait(0, deps=[dK])
         mbarrier.arrive(bars.index(TAKEN_D), count=1)
         dK = dK * onward[:, None]
@@ -331,18 +331,15 @@ def gradients_gated(
         sP.store((P * decay_between(sG.index(following), r[:, None] >= c[None, :], acc_c)).to(dtype))
         fence_async_shared()
         mbarrier.arrive(bars.index(READY_P), count=1)
+        read = (widened(sW.load(left_k)) * -gl.exp2(decay.load(by_row))[:, None]).to(dtype)
+        dK = warpgroup_mma_wait(0, deps=[dK])
+        dG -= 2 * gl.sum(widened(keys.load(acc_k)) * dK, 1)
 
         # and as a place of reading: dL K - e^G dV S^T
-        read = warpgroup_mma(all_W.index(there), all_S.index(there), none_k, use_acc=False, is_async=True)
-        dK = warpgroup_mma_wait(1, deps=[dK])
-        dG -= 2 * gl.sum(widened(keys.load(acc_k)) * dK, 1)
         dK = warpgroup_mma(all_dP.index(here), sK.index(stage + yonder), dK, is_async=True)
-        into = gl.exp2(decay.load(by_row))
-        read = warpgroup_mma_wait(1, deps=[read])
-        mbarrier.arrive(bars.index(FREED_STATE), count=1)
-        read = read * into[:, None]
+        dK = warpgroup_mma(read, all_S.index(there), dK, is_async=True)
         dK = warpgroup_mma_wait(0, deps=[dK])
-        dK = dK - read
+        mbarrier.arrive(bars.index(FREED_STATE), count=1)
         dG += gl.sum(widened(keys.load(acc_k)) * dK, 1)
         mbarrier.arrive(bars.index(FREED_KEYS + stage), count=1)
         mbarrier.wait(bars.index(TAKEN_G), phase ^ 1)

@@ -43,14 +43,13 @@ def by_beta(errors, H, scale):
 
 @gluon.jit
 def state(
-    half: gl.constexpr, tiles, bars, states, G_at, span, scale, inverse_scale,
+    half: gl.constexpr, tiles, bars, states, chunks, scale, inverse_scale,
     K: gl.constexpr, V: gl.constexpr, GATED: gl.constexpr, FINAL: gl.constexpr, INITIAL: gl.constexpr,
     REST: gl.constexpr,
 ):  # fmt: skip
     """One warpgroup: 64 rows of D^T, the gradients of the new values, and what they do to D."""
     sQ, sK, all_dO, all_E, all_S, all_X, sB, sG, all_P, all_D, all_W, sR, _, sV, _, _ = tiles
     dfinal, dinitial, part = states
-    chunks, rows, _ = span
     dtype: gl.constexpr = sK.dtype
     acc_c: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, CHUNK, 16])
     acc_k: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, K, 16])
@@ -76,9 +75,6 @@ def state(
         queries = sQ.index(stage)
         my_D = all_D.index(here).slice(half * 64, 64, 0)
         my_W = all_W.index(here).slice(half * 64, 64, 1).permute((1, 0))
-        if GATED:
-            i = chunks - 1 - back
-            last = gl.load(G_at + gl.minimum(i * CHUNK + CHUNK, rows) - 1)
         Db = D.to(dtype)
         if GATED:
             left = gl.convert_layout(Db, left_c)
@@ -97,9 +93,9 @@ def state(
             G = warpgroup_mma(my_D, keys.permute((1, 0)), none, use_acc=False, is_async=True)
         if GATED:
             decay = sG.index(stage)
+            last = gl.sum(decay.slice(63, 1, 0).load(tokens), 0)
             G = warpgroup_mma_wait(0, deps=[G])
             G = G * gl.exp2(last - decay.load(tokens))[None, :]
-            D = D * gl.exp2(last)
         mbarrier.wait(bars.index(LOADED_OUTS), phase)
         mbarrier.wait(bars.index(LOADED_QUERIES + stage), (back >> 1) & 1)
         mbarrier.wait(bars.index(READY_P), phase)
@@ -108,6 +104,7 @@ def state(
         if GATED:
             into = gl.exp2(decay.load(gl.SliceLayout(0, left_k)))
             scaled = (widened(outs.load(left_k)) * into[None, :]).to(dtype)
+            D = D * gl.exp2(last)
             D = warpgroup_mma(scaled, queries, D, is_async=True)
         else:
             D = warpgroup_mma(outs, queries, D, is_async=True)
