@@ -147,7 +147,9 @@ class DeltaNet(Mixer):
         q, k, v = (z.unflatten(-1, (-1, dim)) for z, dim in ((q, self.key_dim), (k, self.key_dim), (v, self.value_dim)))
         if self.config.qk_norm == "sum":
             q, k = sum_normalize(q), sum_normalize(k)
-        beta = widen(self.b_proj(x)).sigmoid() * (2 if self.config.negative_eigenvalues else 1)
+        beta = widen(self.b_proj(x)).sigmoid()
+        if self.config.negative_eigenvalues:
+            beta = 2 * beta
         o, memory = self._apply_rule(q, k, v, beta, self.log_decay(x), tails[3], state is not None, cu_seqlens)
         o = self.o_norm(o)
         if self.config.output_gate:
