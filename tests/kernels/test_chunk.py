@@ -107,14 +107,14 @@ def test_wider_heads(dims, beta_max):
 
 @pytest.mark.parametrize(
     "case",
-    [dict(), dict(gate=0.1, save="lean"), dict(lengths=[0, 1, 129, 70], gate=0.1), dict(dims=(256, 40), T=130)],
+    [dict(), dict(states=False), dict(gate=0.1, save="lean"), dict(lengths=[0, 1, 129, 70], gate=0.1), dict(dims=(256, 40), T=130)],
     ids=str,
 )
 def test_segments_give_what_whole_sequences_give(case, monkeypatch):
     monkeypatch.setattr(chunk, "_multiprocessors", lambda device: 132)
     monkeypatch.setattr(chunk, "SHORTEST_SEGMENT", 64)
     case = dict(case)
-    check(1, case.pop("T", 200), 1, 1, *case.pop("dims", (64, 64)), states=True, **case)
+    check(1, case.pop("T", 200), 1, 1, *case.pop("dims", (64, 64)), **{"states": True, **case})
 
 
 @pytest.mark.parametrize("scale", [0.0, 1.0, -0.5])
@@ -272,6 +272,7 @@ def test_alike_keys():
 @pytest.mark.gpu
 def test_segments_on_the_gpu():
     check(1, 4500, 2, 2, 128, 128, dtype=torch.bfloat16, states=True)
+    check(1, 4500, 2, 2, 128, 128, dtype=torch.bfloat16)
     check(1, 4500, 2, 2, 64, 64, dtype=torch.bfloat16, states=True, lengths=[2100, 0, 2300, 100], gate=0.01)
     check(1, 4500, 1, 1, 256, 256, dtype=torch.bfloat16, states=True)
 

@@ -22,8 +22,8 @@ from kernels.offline import FOLDERS, Compiled, name, problems
 SPILLS = {
     "hopper_forward-2-128-plain": 400,
     "hopper_forward-2-128-gated": 900,
-    "hopper_forward-2-64-plain": 60,
-    "hopper_forward-2-64-gated": 200,
+    "hopper_forward-2-64-plain": 100,
+    "hopper_forward-2-64-gated": 280,
     "hopper_backward-2-128-plain": 48,
     "hopper_backward-2-128-gated": 640,
     "hopper_backward-2-64-plain": 32,

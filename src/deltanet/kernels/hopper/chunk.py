@@ -75,7 +75,9 @@ def chunk_forward(
     inputs = (q, k, v, b, G, X, X_low)
     if call.segment:
         N = q.new_empty((call.parts(call.segment), *call.states[1:]), dtype=torch.float32)
-        _forward(call, *inputs, None, None, None, None, N, 1.0, final_of=1, transition=M)
+        # of what the first segments do to a state, and the last, in the chain forward and the one backward
+        used = int(initial_state is not None), int(final is not None and save != "nothing")
+        _forward(call, *inputs, None, None, None, None, N, 1.0, final_of=1, transition=M, used=used)
         starts = portable._chain(call, M, N, initial_state, backwards=False)
         _forward(call, *inputs, starts, o, E, S, final, scale, final_of=0 if final is None else 2)
     else:
@@ -167,7 +169,8 @@ def _place(call: _Call, stand_in: Tensor) -> tuple:
 
 
 def _forward(
-    call: _Call, q, k, v, b, G, X, X_low, initial, o, E, S, final, scale, *, final_of: int = 0, transition=None
+    call: _Call, q, k, v, b, G, X, X_low, initial, o, E, S, final, scale, *,
+    final_of: int = 0, transition=None, used: tuple[int, int] = (1, 1),
 ) -> None:  # fmt: skip
     """o, the final states, E and S where there is a place for them; without one for o what each segment does to a state."""
     K, V, HV, tokens = call.K, call.V, call.HV, call.tokens
@@ -180,7 +183,7 @@ def _forward(
     args = (
         _matrix(q, tokens, call.H * K, K), keys, _matrix(v, tokens, HV * V, call.columns), outputs, errors, states,
         b, *portable._or(b, G), X, *portable._or(X, X_low), *portable._or(b, initial), *portable._or(v, o, E),
-        *portable._or(b, final, transition), *_place(call, k), call.segment, scale,
+        *portable._or(b, final, transition), *_place(call, k), call.segment, *used, scale,
     )  # fmt: skip
     flags = (initial is None, o is None, E is None, S is None, final_of, call.segment > 0, call.columns)
     launch(forward, ("hopper forward", call.key, flags), (programs * HV, 1, 1), args, FORWARD, lambda: dict(

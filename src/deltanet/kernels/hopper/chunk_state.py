@@ -264,7 +264,7 @@ def state(
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["T", "N", "steps", "tokens", "segment", "scale"])
+@gluon.jit(do_not_specialize=["T", "N", "steps", "tokens", "segment", "starts_used", "ends_used", "scale"])
 def forward(
     q,  # descriptor of [tokens, H * K], blocks [64, K]
     k,  # the same
@@ -287,6 +287,8 @@ def forward(
     T,
     tokens,
     segment,  # tokens of a segment, a multiple of 64
+    starts_used,  # whether what a sequence's first segment does to a state is asked for (1 or 0), unless OUTPUT
+    ends_used,  # and its last
     scale,
     H: gl.constexpr,
     HV: gl.constexpr,
@@ -321,6 +323,13 @@ def forward(
         sequence, part, begin, end = find_part(place, cu_seqlens, N, steps, T, segment, PACKED)
         before = part * (segment // CHUNK)
         chunks = gl.minimum(gl.cdiv(end - begin, CHUNK).to(gl.int32) - before, segment // CHUNK)
+        if not OUTPUT:
+            # what nobody asks for: where a sequence's last segment leads; and what it, or the first, does to a state that is not there
+            is_last = gl.cdiv(end - begin, CHUNK).to(gl.int32) - before <= segment // CHUNK
+            if identity < 0:
+                chunks = gl.where(is_last, 0, chunks)
+            else:
+                chunks = gl.where((is_last & (ends_used == 0)) | ((part == 0) & (starts_used == 0)), 0, chunks)
     else:
         sequence = place
         if PACKED:

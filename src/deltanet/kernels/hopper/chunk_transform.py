@@ -62,17 +62,18 @@ def product(a, b_t, sum, PRECISE: gl.constexpr):
 
 
 @gluon.jit
-def merge(X, X_t, M, M_t, minus_b, one, PRECISE: gl.constexpr):
+def merge(X, X_t, M, M_t, minus_b, PRECISE: gl.constexpr):
     """X of blocks twice as large from the X of the small ones and the part M of L between them, each with its transpose."""
-    IXb = X * minus_b + one  # exact in its ones: the diagonal of X is zero
+    Xb = X * minus_b
     bX_t = X_t * minus_b
-    # N = M (I - diag(b) X), of which only the transpose is needed; then X + (I - X diag(b)) N
+    # M (I - diag(b) X), then (I - X diag(b)) of that
+    N = product(M, bX_t, M, PRECISE)
     N_t = product(bX_t, M, M_t, PRECISE)
-    return product(IXb, N_t, X, PRECISE), product(N_t, IXb, X_t, PRECISE)
+    return product(Xb, N_t, X + N, PRECISE), product(N_t, Xb, X_t + N_t, PRECISE)
 
 
 @gluon.jit
-def solve_16(D, minus_b, one, PRECISE: gl.constexpr):
+def solve_16(D, minus_b, PRECISE: gl.constexpr):
     """X of the four blocks of the diagonal, from the symmetric `[4, 16, 16]` blocks D of K K^T."""
     r = gl.expand_dims(gl.expand_dims(gl.arange(0, 16, gl.SliceLayout(0, ROWS_OF)), 0), 2)
     c = gl.expand_dims(gl.expand_dims(gl.arange(0, 16, gl.SliceLayout(0, COLUMNS_OF)), 0), 1)
@@ -83,13 +84,14 @@ def solve_16(D, minus_b, one, PRECISE: gl.constexpr):
     L4 = gl.where(in_4, L, 0.0)
     L4_t = gl.where(in_4, L_t, 0.0)
     N = L4 * minus_b
-    # L4 + N (L4 + N L4), of whose first sum only the transpose is needed
-    sum_t = product(L4_t, N, L4_t, PRECISE)
-    X = product(N, sum_t, L4, PRECISE)
-    X_t = product(sum_t, N, L4_t, PRECISE)
+    zero = gl.zeros([4, 16, 16], gl.float32, DIAGONAL)
+    NL = product(N, L4_t, zero, PRECISE)
+    NL_t = product(L4_t, N, zero, PRECISE)
+    X = product(N, NL_t, L4 + NL, PRECISE)
+    X_t = product(NL_t, N, L4_t + NL_t, PRECISE)
     to_8 = in_8 & (in_4 == 0)
-    X, X_t = merge(X, X_t, gl.where(to_8, L, 0.0), gl.where(to_8, L_t, 0.0), minus_b, one, PRECISE)
-    X, X_t = merge(X, X_t, gl.where(in_8, 0.0, L), gl.where(in_8, 0.0, L_t), minus_b, one, PRECISE)
+    X, X_t = merge(X, X_t, gl.where(to_8, L, 0.0), gl.where(to_8, L_t, 0.0), minus_b, PRECISE)
+    X, X_t = merge(X, X_t, gl.where(in_8, 0.0, L), gl.where(in_8, 0.0, L_t), minus_b, PRECISE)
     return X
 
 
@@ -140,14 +142,14 @@ def second(S, PRECISE: gl.constexpr):
 
 @gluon.jit
 def column(A, A_low, S, S_low, Xd, block, n: gl.constexpr, PRECISE: gl.constexpr):
-    """Block column n of Xd + Y: A, (I - Xd diag(beta)) by blocks, times S below the diagonal block, which is that of Xd. Above it whatever comes."""
+    """Block column n of Xd + Y: A, (I - Xd diag(beta)) by blocks, times S below the diagonal block, which is that of Xd."""
     Y = gl.zeros([4, 16, 16], gl.float32, DIAGONAL)
     if PRECISE:
         Y = mma_v2(A, S_low, Y)
         Y = mma_v2(A_low, S, Y)
     Y = mma_v2(A, S, Y)
     Y = gl.convert_layout(gl.reshape(Y, [64, 16]), COLUMN)
-    return gl.where(block == n, Xd, Y)
+    return gl.where(block > n, Y, gl.where(block == n, Xd, 0.0))
 
 
 @gluon.jit
@@ -199,11 +201,10 @@ def solve_64(S, b_s, G_s, layout: gl.constexpr, GATED: gl.constexpr, PRECISE: gl
     S2, S2_low = second(S2, PRECISE)
     b = gl.expand_dims(b_s.reshape([4, 16]).load(COLUMNS_OF), 1)
     minus_b = b * -1.0
+    X = solve_16(D, minus_b, PRECISE)
     r = gl.expand_dims(gl.expand_dims(gl.arange(0, 16, gl.SliceLayout(0, ROWS_OF)), 0), 2)
     c = gl.expand_dims(gl.expand_dims(gl.arange(0, 16, gl.SliceLayout(0, COLUMNS_OF)), 0), 1)
-    one = gl.where(r == c, 1.0, 0.0)
-    X = solve_16(D, minus_b, one, PRECISE)
-    A, A_low = halves(X * minus_b + one, PRECISE)
+    A, A_low = halves(X * minus_b + gl.where(r == c, 1.0, 0.0), PRECISE)
     A = gl.convert_layout(A, gl.DotOperandLayout(0, DIAGONAL, 2))
     A_low = gl.convert_layout(A_low, gl.DotOperandLayout(0, DIAGONAL, 2))
     Xd = gl.convert_layout(gl.reshape(X, [64, 16]), COLUMN)
@@ -227,7 +228,7 @@ def solve_64(S, b_s, G_s, layout: gl.constexpr, GATED: gl.constexpr, PRECISE: gl
     Z0 = update(Z0, M2, M2_low, tiles[3], lows.index(3), 2, PRECISE)
     Z1 = update(Z1, M2, M2_low, tiles[4], lows.index(4), 2, PRECISE)
     Z2 = update(Z2, M2, M2_low, tiles[5], lows.index(5), 2, PRECISE)
-    return one_of_columns(Z0, gl.where(block > 0, Z1, 0.0), Z2, Z3, layout)
+    return one_of_columns(Z0, Z1, Z2, Z3, layout)
 
 
 @gluon.jit
@@ -286,20 +287,24 @@ def transform(
         along = head.to(gl.int64) * tokens + first
         t = gl.arange(0, CHUNK, line)
         at = (first + t) * HV + head
-        b = gl.load(beta + at, mask=t < rows, other=0.0).to(gl.float32)
-        b_s.store(b)
-        gl.store(strength + along + t, b, mask=t < rows)
+        # asked for now and looked at when the product is under way: before that the wait for them would hold up the load of k
+        b = gl.load(beta + at, mask=t < rows, other=0.0)
         if GATED:
-            # rows past the end add nothing
-            Gc = gl.associative_scan(gl.load(g + at, mask=t < rows, other=0.0).to(gl.float32) * 1.4426950408889634, 0, add)
-            G_s.store(Gc)
-            gl.store(G + along + t, Gc, mask=t < rows)
-        above_one = any_of_warp(gl.max(b, 0) > 1.0)
+            decay = gl.load(g + at, mask=t < rows, other=0.0)
 
         mbarrier.wait(loaded, 0)
         if rows < CHUNK:
             clear(k_s, rows, K)
         S = warpgroup_mma(k_s, k_s.permute((1, 0)), gl.zeros([CHUNK, CHUNK], gl.float32, whole), use_acc=False, is_async=True)
+        b = b.to(gl.float32)
+        b_s.store(b)
+        gl.store(strength + along + t, b, mask=t < rows)
+        if GATED:
+            # rows past the end add nothing
+            Gc = gl.associative_scan(decay.to(gl.float32) * 1.4426950408889634, 0, add)
+            G_s.store(Gc)
+            gl.store(G + along + t, Gc, mask=t < rows)
+        above_one = any_of_warp(gl.max(b, 0) > 1.0)
         S = warpgroup_mma_wait(0, deps=[S])
         if above_one:
             x = solve_64(S, b_s, G_s, whole, GATED, True)

@@ -48,11 +48,15 @@ def chain(
     inner = tl.arange(0, STEP)
     whole = tl.arange(0, BK)[None, :]
     inside = (d < K) & (e < V)
+    begin = 0
     if GIVEN:
         state = tl.load(given + (sequence.to(tl.int64) * HV + head) * (K * V) + d * V + e, mask=inside, other=0.0)
-    else:
-        state = tl.zeros([BK, BV], tl.float32)
-    for i in range(count):
+    else:  # from zero: no product for the first link
+        edge = ((first + (count - 1 if BACKWARDS else 0)).to(tl.int64) * HV + head) * (K * V) + d * V + e
+        tl.store(out + edge, tl.zeros([BK, BV], tl.float32), mask=inside)
+        state = tl.load(N + edge, mask=inside & (count > 1), other=0.0)
+        begin = 1
+    for i in range(begin, count - 1):
         place = first + (count - 1 - i if BACKWARDS else i)
         at = (place.to(tl.int64) * HV + head) * (K * V)
         at_M = (place.to(tl.int64) * HV + head) * (K * K)
@@ -72,3 +76,6 @@ def chain(
                 m = tl.load(M + at_M + m_at, mask=(d < K) & (cols < K), other=0.0)
                 s = tl.load(out + at + rows * V + e, mask=(rows < K) & (e < V), other=0.0)
                 state = tl.dot(m, s, state, input_precision=PRECISION)
+    if count > begin:
+        edge = ((first + (0 if BACKWARDS else count - 1)).to(tl.int64) * HV + head) * (K * V) + d * V + e
+        tl.store(out + edge, state, mask=inside)
