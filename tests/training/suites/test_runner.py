@@ -141,6 +141,9 @@ def test_the_table_takes_the_best_rate_over_all_seeds() -> None:
     shallow = replace(grid, models=("deltanet",), seeds=(0,), depth=2, heads=1, epochs=(8,), patience=3)
     (row,) = rows_of(suite, [outcome(cell, 0.5) for cell in suite.cells(shallow, "float32")])
     assert row.reduced == "8 of 64 epochs, ended after 3 epochs without a better one, 2 layers, not 4, 1 heads, not 2"
+    plain = [replace(cell, config=replace(cell.config, feed_forward="none")) for cell in suite.cells(replace(shallow, depth=4, heads=2), "float32")]
+    (row,) = rows_of(suite, [outcome(cell, 0.5) for cell in plain])
+    assert row.reduced.endswith("better one, none for a feed-forward layer, not identity")
 
 
 def test_the_rate_is_chosen_by_validation_where_there_is_one() -> None:

@@ -107,6 +107,7 @@ def _reduced(suite: "Suite", outcomes: Sequence[dict[str, Any]], chosen: Sequenc
     for what, mine, yours in (
         ("layers", ours["depth"], theirs["depth"]),
         ("heads", ours["mixer"].get("heads"), theirs["mixer"].get("heads")),
+        ("for a feed-forward layer", ours["feed_forward"], theirs["feed_forward"]),
     ):
         if mine != yours:
             notes.append(f"{mine} {what}, not {yours}")
