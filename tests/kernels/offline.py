@@ -102,11 +102,11 @@ def launches(capability: int, call, without: str = "") -> dict[tuple, object]:
     from triton.runtime.jit import JITFunction
 
     from deltanet.kernels.launch import gpu_class
-    from deltanet.kernels.triton import chunk, compiled
+    from deltanet.kernels.triton import chunk_call, compiled
 
     found: dict[tuple, object] = {}
     run, compiled._kernels = JITFunction.run, Forgetful()
-    chunk._gpu = lambda device: gpu_class(capability // 10)
+    chunk_call._gpu = lambda device: gpu_class(capability // 10)
 
     def compile_only(self, *args, grid, warmup, **kwargs):
         if self.__name__ == without:
@@ -207,6 +207,7 @@ def hopper_forward_calls(D: int, *, gated: bool):
     import torch
 
     from deltanet.kernels.hopper import chunk
+    from deltanet.kernels.triton import chunk_call
 
     def one(dtype: torch.dtype, keep: bool, packed: bool, segment: int, columns: int):
         q, k = (torch.zeros(1, 256, 2, D, dtype=dtype) for _ in range(2))
@@ -214,7 +215,7 @@ def hopper_forward_calls(D: int, *, gated: bool):
         g = torch.zeros(1, 256, 4) if gated else None
         cu_seqlens = torch.tensor([0, 70, 256], dtype=torch.int32) if packed else None
         call = chunk._Call(q, v, beta, g, cu_seqlens)
-        X, b, G, _, E, S = chunk.portable._unpack(chunk.portable.saved(q, v, g, cu_seqlens, "states"), call, g)
+        X, b, G, _, E, S = chunk_call.unpack(chunk_call.saved(q, v, g, cu_seqlens, "states"), call, g)
         X_low = torch.empty_like(X) if dtype == bf16 else None
         call.segment, call.columns = segment, columns
         chunk._transform(call, k, beta, g, b, G, X, X_low)
@@ -238,7 +239,7 @@ def hopper_backward_calls(D: int, *, gated: bool):
     import torch
 
     from deltanet.kernels.hopper import chunk_backward_kernel
-    from deltanet.kernels.triton import chunk
+    from deltanet.kernels.triton import chunk_call
 
     def one(dtype: torch.dtype, T: int, lengths: list[int] | None, group: int, with_state: bool):
         H, HV = 2, 2 * group
@@ -247,10 +248,10 @@ def hopper_backward_calls(D: int, *, gated: bool):
         beta, dbeta = (torch.zeros(1, T, HV, dtype=dtype) for _ in range(2))
         g = torch.zeros(1, T, HV) if gated else None
         cu_seqlens = None if lengths is None else torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-        call = chunk._Call(q, v, beta, g, cu_seqlens)
+        call = chunk_call.Call(q, v, beta, g, cu_seqlens)
         state = torch.zeros(call.states) if with_state else None
         chunk_backward_kernel.backward(
-            call, do, state, q, k, 1.0, state, *chunk._unpack(chunk.saved(q, v, g, cu_seqlens, "states"), call, g), dq=dq, dk=dk, dv=dv,
+            call, do, state, q, k, 1.0, state, *chunk_call.unpack(chunk_call.saved(q, v, g, cu_seqlens, "states"), call, g), dq=dq, dk=dk, dv=dv,
             dbeta=dbeta, dg=None if g is None else torch.zeros_like(g), dinitial=None if state is None else torch.zeros_like(state),
         )  # fmt: skip
 

@@ -14,7 +14,7 @@ import time
 import torch
 import torch.nn.functional as F
 
-from deltanet.kernels.triton import chunk, recurrent
+from deltanet.kernels.triton import chunk, chunk_call, recurrent
 from deltanet.kernels.triton.decode import decode_step
 
 RAGGED = [0, 1, 69, 0, 65, 130]
@@ -51,7 +51,7 @@ def run(case: tuple) -> None:
     state, dstate = (normal(N, HV, K, V), normal(N, HV, K, V)) if states else (None, None)
     cu = None if lengths is None else torch.tensor([0, *lengths], device="cuda").cumsum(0).to(torch.int32)
     given = (q, k, v, beta, g, 0.1, state, cu)
-    chunk.SHORTEST_SEGMENT = 64 if segments else 1 << 30
+    chunk_call.SHORTEST_SEGMENT = 64 if segments else 1 << 30
     for way, module in (("chunk", chunk), ("recurrent", recurrent)):
         if way == "recurrent" and segments:
             continue

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 pytest.importorskip("triton")
 
 from deltanet.kernels import launch
-from deltanet.kernels.triton import chunk
+from deltanet.kernels.triton import chunk, chunk_call
 from deltanet.reference import recurrent
 
 ON_GPU = torch.cuda.is_available()
@@ -53,7 +53,7 @@ def definition(q, k, v, beta, do, g, state, dstate, scale, cu_seqlens):
 
 def kernels(q, k, v, beta, do, g, state, dstate, scale, cu_seqlens, save="states"):
     o, final, kept = chunk.chunk_forward(q, k, v, beta, g, scale, state, cu_seqlens, output_final_state=True, save=save)
-    assert [(x.shape, x.dtype) for x in kept] == [(x.shape, x.dtype) for x in chunk.saved(q, v, g, cu_seqlens, save)]
+    assert [(x.shape, x.dtype) for x in kept] == [(x.shape, x.dtype) for x in chunk_call.saved(q, v, g, cu_seqlens, save)]
     grads = chunk.chunk_backward(do, dstate, q, k, v, beta, g, scale, state, cu_seqlens, kept)
     return {"o": o, "final": final, **dict(zip(("dq", "dk", "dv", "dbeta", "dg", "dstate"), grads, strict=True))}
 
@@ -111,8 +111,8 @@ def test_wider_heads(dims, beta_max):
     ids=str,
 )
 def test_segments_give_what_whole_sequences_give(case, monkeypatch):
-    monkeypatch.setattr(chunk, "_multiprocessors", lambda device: 132)
-    monkeypatch.setattr(chunk, "SHORTEST_SEGMENT", 64)
+    monkeypatch.setattr(chunk_call, "multiprocessors", lambda device: 132)
+    monkeypatch.setattr(chunk_call, "SHORTEST_SEGMENT", 64)
     case = dict(case)
     check(1, case.pop("T", 200), 1, 1, *case.pop("dims", (64, 64)), **{"states": True, **case})
 
@@ -144,8 +144,8 @@ def test_no_tokens_hand_the_state_through():
 def test_the_triangular_solve(keys, beta_max):
     """X to 1e-3 for the worst keys there are; a tf32 or fp16 solve has 0.3 to 0.4 for repeated keys at beta 2."""
     _, k, v, beta, *_ = inputs(1, 100, 1, 1, 64, 64, torch.float32, beta_max=beta_max, keys=keys)
-    call = chunk._Call(k, v, beta, None, None)
-    X, b, *_ = chunk.saved(k, v, None, None, "lean")
+    call = chunk_call.Call(k, v, beta, None, None)
+    X, b, *_ = chunk_call.saved(k, v, None, None, "lean")
     chunk._transform(call, k, beta, None, b, None, X, None)
     X = X[0, : 64 * 48].cpu()
     full = torch.zeros(64, 64)
@@ -170,10 +170,10 @@ def test_what_rounding_left_of_X_reaches_the_backward(name, monkeypatch):
     """Alike keys at beta 2, where it matters. X is rounded to 8 bits, as in bf16, though all else is fp16: the interpreter has no bf16."""
     case = dict(REPEATED[name])
     if name == "segments":
-        monkeypatch.setattr(chunk, "_multiprocessors", lambda device: 132)
-        monkeypatch.setattr(chunk, "SHORTEST_SEGMENT", 64)
+        monkeypatch.setattr(chunk_call, "multiprocessors", lambda device: 132)
+        monkeypatch.setattr(chunk_call, "SHORTEST_SEGMENT", 64)
     if name == "tiles of 32":
-        monkeypatch.setattr(chunk, "_gpu", lambda device: launch.AMPERE)
+        monkeypatch.setattr(chunk_call, "_gpu", lambda device: launch.AMPERE)
     shape, lengths, plain = case.pop("shape"), case.pop("lengths", None), chunk.chunk_forward
 
     def forward(*args, **kwargs):
@@ -198,8 +198,8 @@ def test_what_rounding_left_of_X_is_all_of_it(keys):
     T = 64
     _, k, v, beta, *_ = inputs(1, T, 1, 1, 64, 64, torch.float16, beta_max=1.99, keys=keys)
     k = (0.997 * k.float()).half()
-    call = chunk._Call(k, v, beta, None, None)
-    X, b, *_ = chunk.saved(k, v, None, None, "lean")
+    call = chunk_call.Call(k, v, beta, None, None)
+    X, b, *_ = chunk_call.saved(k, v, None, None, "lean")
     chunk._transform(call, k, beta, None, b, None, X, None)
     X.copy_(X.bfloat16())
     low = chunk._rest_of_X(call, k, beta, b, None, X, torch.empty_like(v))[0, :, 0].double().cpu()

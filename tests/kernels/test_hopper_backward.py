@@ -10,7 +10,7 @@ pytest.importorskip("triton")
 
 from kernels.test_chunk import DEVICE, definition, error, inputs
 
-from deltanet.kernels.triton import chunk
+from deltanet.kernels.triton import chunk, chunk_call
 
 pytestmark = [pytest.mark.gpu, pytest.mark.hopper]
 
@@ -34,11 +34,11 @@ def backwards(given, scale, cu):
         return chunk.chunk_backward(do, dstate, q, k, v, beta, g, scale, state, cu, kept)
 
     def ours():
-        call = chunk._Call(q, v, beta, g, cu)
+        call = chunk_call.Call(q, v, beta, g, cu)
         out = [None if x is None else torch.full_like(x, float("nan")) for x in (q, k, v, beta, g, state)]
         names = ("dq", "dk", "dv", "dbeta", "dg", "dinitial")
         chunk_backward_kernel.backward(
-            call, do, dstate, q, k, scale, state, *chunk._unpack(kept, call, g), **dict(zip(names, out, strict=True))
+            call, do, dstate, q, k, scale, state, *chunk_call.unpack(kept, call, g), **dict(zip(names, out, strict=True))
         )
         return out
 
@@ -128,8 +128,8 @@ def test_what_rounding_left_of_X(gate, T):
 
     q, k, v, beta, _, g, _, _ = inputs(2, T, 2, 4, 128, 128, BF16, gate=gate, beta_max=2.0)
     beta[:, 64:192] /= 2
-    call = chunk._Call(q, v, beta, g, None)
-    X, b, G, *_ = chunk._unpack(chunk.chunk_forward(q, k, v, beta, g, 1.0, None, None, output_final_state=False, save="lean")[2], call, g)
+    call = chunk_call.Call(q, v, beta, g, None)
+    X, b, G, *_ = chunk_call.unpack(chunk.chunk_forward(q, k, v, beta, g, 1.0, None, None, output_final_state=False, save="lean")[2], call, g)
     theirs, ours = torch.full_like(v, 7.0), torch.full_like(v, 7.0)
     chunk._rest_of_X(call, k, beta, b, G, X, theirs)
     rest_of_X(call, k, b, G, X, ours)

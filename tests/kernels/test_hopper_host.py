@@ -28,6 +28,7 @@ def main() -> None:
 
     from deltanet.kernels.hopper import chunk, chunk_backward_kernel, chunk_rest
     from deltanet.kernels.triton import chunk as portable
+    from deltanet.kernels.triton import chunk_call
 
     seen = set()
 
@@ -40,7 +41,7 @@ def main() -> None:
     for module in (chunk, chunk_backward_kernel, chunk_rest, portable):
         module.launch = look
     chunk._compile_once = lambda *_: None
-    portable._multiprocessors = lambda device: 132
+    chunk_call.multiprocessors = lambda device: 132
 
     kinds = itertools.product(
         ("bfloat16", "float16"), (64, 128), (False, True), (False, True), (False, True), ("states", "lean", "nothing"), (130, 4500)

@@ -17,11 +17,12 @@ from deltanet.kernels.hopper.chunk_state import forward
 from deltanet.kernels.hopper.chunk_transform import transform
 from deltanet.kernels.launch import LaunchConfig
 from deltanet.kernels.triton import chunk as portable
+from deltanet.kernels.triton import chunk_call
 from deltanet.kernels.triton.compiled import launch, on_its_device, together
 
 __all__ = ["chunk_backward", "chunk_forward"]
 
-CHUNK = portable.CHUNK
+CHUNK = chunk_call.CHUNK
 # 96 registers a thread leave room for five programs a multiprocessor, which hide each other's waits: 0.058 to 0.061 ms; 102, left to itself, for
 # four (0.063 to 0.066), 80 for six, but they spill (0.064)
 TRANSFORM = LaunchConfig(warps=4, registers=96)
@@ -32,14 +33,14 @@ REGISTERS = dict(STATE_REGISTERS=192, AUXILIARY_REGISTERS=104)
 SWIZZLED = gl.NVMMASharedLayout(128, 16, 2)
 
 
-class _Call(portable._Call):
+class _Call(chunk_call.Call):
     """Sizes of one call, and how a GPU with one program a multiprocessor is filled."""
 
     def __init__(self, *tensors: Tensor | None):
         super().__init__(*tensors)
         # half of V a program where that is what it takes to fill the GPU
         halves = self.N * self.HV * -(-self.V // 64)
-        places = portable._multiprocessors(tensors[0].device)
+        places = chunk_call.multiprocessors(tensors[0].device)
         self.columns = 64 if halves <= places and not self.segment else min(self.V, 128)
 
 
@@ -59,18 +60,18 @@ def chunk_forward(
 ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
     """o `[B, T, HV, V]`, the final states or None, and what the backward needs (docs/conventions.md)."""
     _bind_context(q.device)
-    q, k, v, beta, g, initial_state = (portable._plain(x) for x in (q, k, v, beta, g, initial_state))
+    q, k, v, beta, g, initial_state = (chunk_call.plain(x) for x in (q, k, v, beta, g, initial_state))
     call = _Call(q, v, beta, g, cu_seqlens)
     _compile_once(call, q, k, v, beta, g, initial_state, cu_seqlens, output_final_state, save)
     o = torch.empty_like(v)
     final = q.new_empty(call.states, dtype=torch.float32) if output_final_state else None
-    kept = portable.saved(q, v, g, cu_seqlens, save)
+    kept = chunk_call.saved(q, v, g, cu_seqlens, save)
     if call.tokens == 0:
         if final is not None:
             final.zero_() if initial_state is None else final.copy_(initial_state)
         return o, final, kept
-    X, b, G, M, E, S = portable._unpack(kept or portable.saved(q, v, g, cu_seqlens, save, between=True), call, g)
-    X_low = torch.empty_like(X) if q.dtype in portable.ROUNDING_COUNTS else None
+    X, b, G, M, E, S = chunk_call.unpack(kept or chunk_call.saved(q, v, g, cu_seqlens, save, between=True), call, g)
+    X_low = torch.empty_like(X) if q.dtype in chunk_call.ROUNDING_COUNTS else None
     _transform(call, k, beta, g, b, G, X, X_low)
     inputs = (q, k, v, b, G, X, X_low)
     if call.segment:
@@ -78,7 +79,7 @@ def chunk_forward(
         # of what the first segments do to a state, and the last, in the chain forward and the one backward
         used = int(initial_state is not None), int(final is not None and save != "nothing")
         _forward(call, *inputs, None, None, None, None, N, 1.0, final_of=1, transition=M, used=used)
-        starts = portable._chain(call, M, N, initial_state, backwards=False)
+        starts = portable.chain_segments(call, M, N, initial_state, backwards=False)
         _forward(call, *inputs, starts, o, E, S, final, scale, final_of=0 if final is None else 2)
     else:
         _forward(call, *inputs, initial_state, o, E, S, final, scale, final_of=0 if final is None else 1)
@@ -104,16 +105,16 @@ def chunk_backward(
     if call.tokens == 0 or scale == 0.0 or not takes(call):
         return portable.chunk_backward(do, dfinal_state, q, k, v, beta, g, scale, initial_state, cu_seqlens, saved)
     _bind_context(q.device)
-    q, k, do = (portable._plain(x) for x in (q, k, do))
-    dfinal = None if dfinal_state is None else portable._plain(dfinal_state.to(torch.float32))
+    q, k, do = (chunk_call.plain(x) for x in (q, k, do))
+    dfinal = None if dfinal_state is None else chunk_call.plain(dfinal_state.to(torch.float32))
     dq, dk = torch.empty_like(q), torch.empty_like(k)
     dv, dbeta = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (v, beta))
     dg = None if g is None else torch.empty_like(g, memory_format=torch.contiguous_format)
     dinitial = None if initial_state is None else torch.empty_like(initial_state)
-    X, b, G, M, E, S = portable._unpack(saved, call, g)
+    X, b, G, M, E, S = chunk_call.unpack(saved, call, g)
     if S is None:
         S = q.new_empty(call.slots)
-        portable._forward(call, None, k, None, b, G, X, None, initial_state, None, E, S, None, scale, replay=True)
+        portable.run_forward(call, None, k, None, b, G, X, None, initial_state, None, E, S, None, scale, replay=True)
     backward(
         call, do, dfinal, q, k, scale, initial_state, X, b, G, M, E, S,
         dq=dq, dk=dk, dv=dv, dbeta=dbeta, dg=dg, dinitial=dinitial,
@@ -157,7 +158,7 @@ def _matrix(x: Tensor, rows: int, width: int, block: int) -> TensorDescriptor:
 
 def _transform(call: _Call, k, beta, g, b, G, X, X_low) -> None:
     keys = _matrix(k, call.tokens, call.H * call.K, call.K)
-    args = (keys, beta, *portable._or(beta, g), b, *portable._or(b, G), X, *portable._or(X, X_low), *_place(call, k))
+    args = (keys, beta, *chunk_call.or_stand_in(beta, g), b, *chunk_call.or_stand_in(b, G), X, *chunk_call.or_stand_in(X, X_low), *_place(call, k))
     key = ("hopper transform", call.key)
     launch(transform, key, (call.parts(CHUNK) * call.HV, 1, 1), args, TRANSFORM, lambda: dict(
         H=call.H, HV=call.HV, K=call.K, PACKED=call.packed, GATED=g is not None, REST=X_low is not None,
@@ -182,8 +183,8 @@ def _forward(
     states = keys if S is None or S.numel() == 0 else _matrix(S, call.slots[0] * HV * V, K, K)
     args = (
         _matrix(q, tokens, call.H * K, K), keys, _matrix(v, tokens, HV * V, call.columns), outputs, errors, states,
-        b, *portable._or(b, G), X, *portable._or(X, X_low), *portable._or(b, initial), *portable._or(v, o, E),
-        *portable._or(b, final, transition), *_place(call, k), call.segment, *used, scale,
+        b, *chunk_call.or_stand_in(b, G), X, *chunk_call.or_stand_in(X, X_low), *chunk_call.or_stand_in(b, initial), *chunk_call.or_stand_in(v, o, E),
+        *chunk_call.or_stand_in(b, final, transition), *_place(call, k), call.segment, *used, scale,
     )  # fmt: skip
     flags = (initial is None, o is None, E is None, S is None, final_of, call.segment > 0, call.columns)
     launch(forward, ("hopper forward", call.key, flags), (programs * HV, 1, 1), args, FORWARD, lambda: dict(

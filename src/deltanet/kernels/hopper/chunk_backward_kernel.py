@@ -48,6 +48,7 @@ from deltanet.kernels.hopper.chunk_rest import rest_of_X
 from deltanet.kernels.hopper.tiles import CHUNK, find_part
 from deltanet.kernels.launch import LaunchConfig
 from deltanet.kernels.triton import chunk as portable
+from deltanet.kernels.triton import chunk_call
 from deltanet.kernels.triton.compiled import launch
 
 __all__ = ["backward", "takes"]
@@ -221,7 +222,7 @@ def backward_kernel(
         ], [4, 1, 1], [STATE_REGISTERS, 24, 24])  # fmt: skip
 
 
-def takes(call: portable._Call) -> bool:
+def takes(call: chunk_call.Call) -> bool:
     """Whether this backward runs a call: what was proven on a GPU, and is faster than the portable one there."""
     programs = (call.parts(call.segment) if call.segment else call.N) * call.HV
     coordinates = max(call.tokens, call.slots[0] * call.HV * call.V)  # of tiles, in 32 bits
@@ -229,11 +230,11 @@ def takes(call: portable._Call) -> bool:
 
 
 def backward(
-    call: portable._Call, do: Tensor, dfinal: Tensor | None, q: Tensor, k: Tensor, scale: float, initial_state: Tensor | None,
+    call: chunk_call.Call, do: Tensor, dfinal: Tensor | None, q: Tensor, k: Tensor, scale: float, initial_state: Tensor | None,
     X: Tensor, b: Tensor, G: Tensor | None, M: Tensor | None, E: Tensor, S: Tensor, *,
     dq: Tensor, dk: Tensor, dv: Tensor, dbeta: Tensor, dg: Tensor | None, dinitial: Tensor | None,
 ) -> None:  # fmt: skip
-    """Write every gradient. X to S are what the portable forward saved (chunk._unpack); tensors are contiguous and aligned, scale is not 0,
+    """Write every gradient. X to S are what the portable forward saved (chunk_call.unpack); tensors are contiguous and aligned, scale is not 0,
     and this thread has a CUDA context (chunk.py).
     """
     K, V, HV = call.K, call.V, call.HV
@@ -244,12 +245,12 @@ def backward(
     states = _tiles(S if S.shape[0] else S.new_empty(1, *S.shape[1:]), K, V, K)
     first = None if initial_state is None else _tiles(initial_state.transpose(2, 3).to(q.dtype).contiguous(), K, V, K)
     ragged = call.packed or call.T % CHUNK.value != 0
-    X_low = dv if q.dtype in portable.ROUNDING_COUNTS else None
+    X_low = dv if q.dtype in chunk_call.ROUNDING_COUNTS else None
     if X_low is not None:
         rest_of_X(call, k, b, G, X, X_low)
     segment, places, ends = call.segment, call.N, dfinal
     if segment:
-        places, ends = call.parts(segment), portable._segment_ends(call, q, k, dv, do, b, G, X, X_low, M, dfinal, scale)
+        places, ends = call.parts(segment), portable.segment_ends(call, q, k, dv, do, b, G, X, X_low, M, dfinal, scale)
     registers = STATE_REGISTERS if G is None else STATE_REGISTERS_GATED
     args = (
         keys[0], keys[1], values[0], values[1], states, first or states, keys[2], keys[3], values[2], *parts, dv, X, b,

@@ -68,9 +68,9 @@ def interpreting() -> bool:
 def saved(q, v, g, cu_seqlens, *, algorithm: str, save: str) -> list[Any]:
     """What a forward will save for the backward, as empty tensors."""
     if algorithm == "chunk":
-        from deltanet.kernels.triton import chunk
+        from deltanet.kernels.triton import chunk_call
 
-        return chunk.saved(q, v, g, cu_seqlens, save)
+        return chunk_call.saved(q, v, g, cu_seqlens, save)
     from deltanet.kernels.triton import recurrent
 
     return recurrent.recurrent_saved(v, save)
