@@ -5,7 +5,8 @@
 Source: Gu and Dao 2023 (arXiv 2312.00752), section 3.2 and algorithm 2.
 
 All chunks take their first token at once, then their second, ...: once from zero, for the states that chunks pass on, and once more from
-the right start. So T tokens take twice C plus T / C steps. The states of all tokens fill much memory, so the backward makes them again.
+the right start. So T tokens take twice C plus T / C steps; those of a single chunk, C. The states of all tokens fill much memory, so the
+backward makes them again.
 """
 
 import torch
@@ -19,6 +20,7 @@ from deltanet.ops.selective_scan import fused_selective_scan, refuse_scan
 __all__ = ["selective_scan"]
 
 CHUNK = 64
+SINGLE = 128  # rows so short are one chunk, which needs no first pass
 
 
 def selective_scan(
@@ -38,7 +40,7 @@ def selective_scan(
     with torch.autocast(u.device.type, enabled=False):
         if refuse_scan(u, A) is None:
             return fused_selective_scan(u, dt, A, B, C, initial_state, cu_seqlens)
-        chunks = Chunks.of(u, cu_seqlens, CHUNK)
+        chunks = Chunks.of(u, cu_seqlens, CHUNK if u.shape[1] > SINGLE else SINGLE)
         wide = [chunks.split(widen(x)) for x in (u, dt, B, C)]
         if initial_state is None:
             N = u.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
@@ -57,12 +59,16 @@ def _scan(
     """y `[M, C, D]` and the final states. u, dt `[M, C, D]`, B, C `[M, C, S]`, A `[S, D]`: states lie [S, D], channels innermost."""
     decays = [(step[:, None] * A).exp() for step in dt.unbind(1)]
     inputs = [b[:, :, None] * w[:, None] for b, w in zip(B.unbind(1), (dt * u).unbind(1), strict=True)]
-    update = inputs[0]
-    for decay, new in zip(decays[1:], inputs[1:], strict=True):
-        update = torch.addcmul(new, decay, update)
-    state, final = chunks.scan((dt.sum(1)[:, None] * A).exp(), update, initial)
+    single = chunks.index is None and len(chunks.steps) == 1
+    if single:
+        state = final = initial
+    else:
+        update = inputs[0]
+        for decay, new in zip(decays[1:], inputs[1:], strict=True):
+            update = torch.addcmul(new, decay, update)
+        state, final = chunks.scan((dt.sum(1)[:, None] * A).exp(), update, initial)
     outputs = []
     for decay, new, c in zip(decays, inputs, C.unbind(1), strict=True):
         state = torch.addcmul(new, decay, state)
         outputs.append((c[:, None] @ state).squeeze(1))
-    return torch.stack(outputs, 1), final
+    return torch.stack(outputs, 1), state if single else final
