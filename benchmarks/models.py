@@ -110,6 +110,7 @@ def measure(trainee: Trainee, seconds: float) -> dict[str, Any]:
         trainee.step()
         wait()
         times.append(time.perf_counter() - start)
+    peak = torch.cuda.max_memory_allocated() / 2**30 if cuda else None  # of steps: a loss more would find the last gradients beside it
     trained_on = trainee.loss().item()
     with torch.no_grad():  # as a model is evaluated: never compiled
         evaluated = trainee.loss().item()
@@ -119,7 +120,7 @@ def measure(trainee: Trainee, seconds: float) -> dict[str, Any]:
         "steps": len(times),
         "tokens_per_second": tokens / median,
         "first_step_s": first,
-        "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if cuda else None,
+        "peak_gib": peak,
         "loss": trained_on,
         "loss_evaluated": evaluated,
         "flops_per_second": trainee.model.flops_per_token(trainee.length) * tokens / median,
