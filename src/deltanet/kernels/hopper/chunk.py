@@ -23,8 +23,8 @@ from deltanet.kernels.triton.compiled import launch, on_its_device, together
 __all__ = ["chunk_backward", "chunk_forward"]
 
 CHUNK = chunk_call.CHUNK
-# 96 registers a thread leave room for five programs a multiprocessor, which hide each other's waits: 0.058 to 0.061 ms; 102, left to itself, for
-# four (0.063 to 0.066), 80 for six, but they spill (0.064)
+# 96 registers a thread leave room for five programs a multiprocessor, which hide each other's waits: 0.058 ms; 102, left to itself, for four
+# (0.063), 80 for six, but they spill (0.064)
 TRANSFORM = LaunchConfig(warps=4, registers=96)
 FORWARD = LaunchConfig(warps=4, stages=2, overlaps=True)  # warps of the first partition; load stages: a third changes nothing
 # Registers of a thread, 512 over the warpgroups of a multiprocessor, 24 of them the loader's. Below 192 the state warpgroups' products are
