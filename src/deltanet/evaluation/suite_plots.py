@@ -1,5 +1,6 @@
 """The figures of the synthetic suites: what was measured here as full lines or bars, the paper's numbers hollow beside them."""
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -95,7 +96,8 @@ def plot_bars(
                 axes.hlines(
                     chance[group], j - 0.42, j + 0.42, color=plots.INK, linestyle=":", linewidth=1.5, label=label
                 )
-        axes.set_xticks(range(len(groups)), groups)
+        names = [textwrap.fill(group.replace("_", " "), 12, break_long_words=False) for group in groups]
+        axes.set_xticks(range(len(groups)), names)
         axes.grid(axis="x", visible=False)
         axes.set_ylim(0, 104)
         axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=10)
