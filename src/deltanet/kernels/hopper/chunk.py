@@ -1,8 +1,11 @@
-"""The chunked operator on Hopper: which kernels run, in what order. One launch forward, one backward; two and a chain where sequences are
-cut into segments.
+"""The chunked operator on Hopper: which kernels run, in what order.
 
-What is saved is what the portable family saves (kernels/triton/chunk.py), so that its backward can run behind this forward, which it does
-where this family has none; the chain over segments, and the states that "lean" computes again, are borrowed from it too.
+    forward     transform -> X, beta in fp32, G;     forward -> o, final state, and for the backward E and the chunk states S
+    backward    (bf16) rest -> what rounding X left, where betas are above 1;     backward_kernel -> every gradient
+
+Where sequences are cut into segments a launch and a chain over them come before `forward`, and before `backward_kernel`.
+What is saved is what the portable family saves (kernels/triton/chunk_call.py), so that its backward can run behind this forward, which it
+does where this family has none; the chain over segments, and the states that "lean" computes again, are borrowed from it too.
 """
 
 from threading import local

@@ -8,7 +8,8 @@
 
 With a gate, decay enters as in triton/chunk_state_gradient.py and triton/chunk_gradients.py, which are this kernel in two.
 Warps: two state warpgroups, each with 64 rows of D^T in registers (chunk_backward_state.py); one gradient warpgroup
-(chunk_backward_gradients.py); one warp that loads (chunk_backward_load.py). docs/kernels.md has the order of events and the map of memory.
+(chunk_backward_gradients.py); a warp that loads, another for what rounding left of X (chunk_backward_load.py); gated, one more for dg.
+docs/kernels.md has the order of events and the map of memory.
 """
 
 import torch
