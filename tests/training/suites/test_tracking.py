@@ -58,3 +58,11 @@ def test_parity_needs_a_beta_beyond_one(tmp_path) -> None:
     rows = rows_of(SUITE, Store(tmp_path / "suite", "tracking").outcomes())
     drawn = SUITE.draw(rows, tmp_path / "figure", "") if can_plot() else []
     assert all(path.stat().st_size > 5000 for path in drawn)
+
+
+def test_sums_have_a_rate_of_their_own_unless_one_is_asked_for() -> None:
+    suite = SUITES["tracking"]
+    grid = replace(suite.grid(quick=False), models=("deltanet-negative-noconv",), tasks=("parity", "S3"))
+    assert [cell.learning_rate for cell in suite.cells(grid, "float32")] == [2e-2, 1e-3]
+    asked = replace(grid, learning_rates=(1e-3,))
+    assert [cell.learning_rate for cell in suite.cells(asked, "float32")] == [1e-3, 1e-3]
