@@ -31,6 +31,7 @@ def test_models_of_the_protocol(model, depth, heads, norm, feed_forward, dropout
     config = cell("512x64", model, 64).config
     assert (config.depth, getattr(config.mixer, "heads", None), config.norm) == (depth, heads, norm)
     assert (config.feed_forward, config.dropout, config.positions) == (feed_forward, dropout, positions)
+    assert config.attention_dropout == (0.1 if model == "attention" else 0.0)
     assert config.tie_embeddings
     assert not getattr(config.mixer, "rotary", False)
 
@@ -46,6 +47,42 @@ def test_the_identity_adds_the_normalised_stream() -> None:
         y = x + model.positions.weight[:4]
         expected = y + 2 * torch.nn.functional.layer_norm(y, (16,))
         torch.testing.assert_close(model.body(x), expected)
+
+
+def test_dropout_of_attention_is_of_its_weights() -> None:
+    config = replace(cell("64x4", "attention", 16).config, vocab_size=8, depth=1, attention_dropout=0.25)
+    block = SuiteModel(config).layers[0].double()
+    x = torch.randn(2, 64, 16, dtype=torch.float64)
+    every = torch.ones(2, 1, 64, 64, dtype=torch.bool)
+    layer = block.mixer
+    torch.testing.assert_close(block._attend(x, every), layer(x)[0] / 0.75)  # those kept count for those that are not
+    kept = torch.rand(2, 1, 64, 64) < 0.75
+    only = [torch.zeros(2, 1, 64, 64, dtype=torch.bool).index_fill(3, torch.tensor([j]), True) for j in range(64)]
+    parts = sum(block._attend(x, one) * kept[:, 0, :, j, None] for j, one in enumerate(only))  # what each place gives, if kept
+    torch.testing.assert_close(block._attend(x, kept), parts)
+
+
+def test_dropout_of_attention_is_drawn_in_training_alone() -> None:
+    one = cell("64x4", "attention", 16)
+    one = replace(one, config=replace(one.config, dropout=0.0, attention_dropout=0.5))
+    sets = prepare(one.train, 128, seed=0, split="train", device=CPU)
+    trial = Trial(one, sets, {}, device=CPU)
+    rows = torch.arange(8)
+    assert trial._loss(rows) != trial._loss(rows)
+    kept = trial.model.kept(sets.inputs[rows], trial.generator)
+    assert kept is not None
+    assert kept.embeddings is None
+    assert [w.shape for w in kept.weights] == [(8, 1, 64, 64)] * 2
+    assert torch.stack(kept.weights).double().mean().item() == pytest.approx(0.5, abs=0.01)
+    assert torch.equal(trial.model(sets.inputs[rows]), trial.model(sets.inputs[rows]))
+
+
+@pytest.mark.parametrize("other", [{"rotary": True}, {"window": 3}, {"heads": 2, "kv_heads": 1}, None])
+def test_dropout_of_attention_is_refused_where_it_would_do_nothing(other) -> None:
+    config = cell("64x4", "attention", 16).config
+    mixer = replace(config.mixer, **other) if other else cell("64x4", "gla", 16).config.mixer
+    with pytest.raises(ValueError, match="attention_dropout must be 0 but for"):
+        replace(config, mixer=mixer)
 
 
 @torch.no_grad()
@@ -77,7 +114,7 @@ def solve_by_hand(model: SuiteModel, config: SuiteModelConfig) -> None:
 
 def test_two_layers_of_attention_set_by_hand_solve_it() -> None:
     one = cell("64x8x64", "attention", 64 + 64 + 64)
-    one = replace(one, config=replace(one.config, dropout=0.0))
+    one = replace(one, config=replace(one.config, dropout=0.0, attention_dropout=0.0))
     tests = {"test": prepare(one.train, 200, seed=0, split="test", device=CPU)}
     trial = Trial(one, prepare(one.train, 128, seed=0, split="train", device=CPU), tests, device=CPU)
     solve_by_hand(trial.model, one.config)

@@ -10,15 +10,16 @@ four times the width (berlino/seq_icl).
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deltanet.layers import FeedForward, Mixer, RMSNorm
+from deltanet.layers import Attention, AttentionConfig, FeedForward, Mixer, RMSNorm
 from deltanet.models.language_model import MixerConfig, check_fits, init_weights
 
-__all__ = ["SuiteModel", "SuiteModelConfig"]
+__all__ = ["Kept", "SuiteModel", "SuiteModelConfig"]
 
 NORMS = ("layer", "rms")
 FEED_FORWARDS = ("none", "identity", "swiglu", "gelu")
@@ -46,6 +47,8 @@ class SuiteModelConfig:
     """Whether the head uses the embedding matrix."""
     dropout: float = 0.0
     """Share of the embeddings' numbers that are zero in a training step."""
+    attention_dropout: float = 0.0
+    """Share of the weights of attention without rotary positions, window and grouped heads that are zero in a training step."""
     positions: int = 0
     """Longest sequence for which positions are learned; 0: none are."""
     decoder: bool = False
@@ -60,8 +63,20 @@ class SuiteModelConfig:
         for name, known in {"norm": NORMS, "feed_forward": FEED_FORWARDS}.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must be at least 0 and below 1, got {self.dropout}")
+        for name in ("dropout", "attention_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 0 and below 1, got {getattr(self, name)}")
+        if self.attention_dropout:
+            layer = self.mixer
+            if (
+                not isinstance(layer, AttentionConfig)
+                or layer.rotary
+                or layer.window
+                or layer.kv_heads not in (None, layer.heads)
+            ):
+                raise ValueError(
+                    f"attention_dropout must be 0 but for attention without rotary positions, window and kv_heads, got {layer}"
+                )
         check_fits(self.mixer, self.d_model)
 
 
@@ -78,21 +93,43 @@ def _feed_forward(config: SuiteModelConfig) -> nn.Module:
     return nn.Sequential(nn.Linear(config.d_model, width), nn.GELU(), nn.Linear(width, config.d_model))
 
 
+class Kept(NamedTuple):
+    """What a training step keeps, by chance, where there is dropout; None for all."""
+
+    embeddings: Tensor | None  # bool [B, T, d_model]
+    weights: tuple[Tensor, ...] | None  # of attention, for each block: bool [B, H, T, T]
+
+
 class _Block(nn.Module):
     def __init__(self, config: SuiteModelConfig, backend: str) -> None:
         super().__init__()
         self.mixer_norm = _norm(config)
         self.mixer: Mixer = config.mixer.build(config.d_model, backend=backend)
+        self.share_kept = 1 - config.attention_dropout
         self.has_feed_forward = config.feed_forward != "none"
         if self.has_feed_forward:
             self.feed_forward_norm, self.feed_forward = _norm(config), _feed_forward(config)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.mixer(_narrow(self.mixer_norm(x)))[0]
+    def forward(self, x: Tensor, kept: Tensor | None = None) -> Tensor:
+        """x `[B, T, d_model]` through the block; `kept` bool `[B, H, T, T]` are the weights of attention that count, where that is given."""
+        h = _narrow(self.mixer_norm(x))
+        x = x + (self.mixer(h)[0] if kept is None else self._attend(h, kept))
         if not self.has_feed_forward:
             return x
         h = self.feed_forward_norm(x)
         return x + (h if isinstance(self.feed_forward, nn.Identity) else self.feed_forward(_narrow(h)))
+
+    def _attend(self, x: Tensor, kept: Tensor) -> Tensor:
+        """The mixer, an attention, written out: torch's own draws what it drops by a generator that all trials share."""
+        layer = self.mixer
+        assert isinstance(layer, Attention)
+        q, k, v = (
+            p(x).unflatten(-1, (-1, layer.head_dim)).transpose(1, 2) for p in (layer.q_proj, layer.k_proj, layer.v_proj)
+        )
+        later = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).triu(1)
+        scores = (q @ k.mT).float().masked_fill(later, -torch.inf) * layer.head_dim**-0.5
+        weights = scores.softmax(-1) * kept / self.share_kept
+        return layer.o_proj((weights.to(v.dtype) @ v).transpose(1, 2).flatten(-2))
 
 
 def _narrow(x: Tensor) -> Tensor:
@@ -145,28 +182,39 @@ class SuiteModel(nn.Module):
         """As a language model's: matrices N(0, init_std), those that write to the residual stream scaled by 1/sqrt(2 * depth)."""
         init_weights(self, std=self.config.init_std, depth=self.config.depth, generator=generator)
 
-    def kept(self, tokens: Tensor, generator: torch.Generator) -> Tensor | None:
-        """Which numbers of the embeddings a training step keeps, by chance: bool `[B, T, d_model]`; None for all."""
-        if not self.config.dropout:
-            return None
-        shape = (*tokens.shape, self.config.d_model)
-        keep = torch.empty(shape, dtype=torch.bool, device=tokens.device)
-        return keep.bernoulli_(1 - self.config.dropout, generator=generator)
+    def kept(self, tokens: Tensor, generator: torch.Generator) -> Kept | None:
+        """What a training step keeps of its embeddings and of attention's weights; None for all."""
+
+        def draw(share: float, *shape: int) -> Tensor:
+            return torch.empty(shape, dtype=torch.bool, device=tokens.device).bernoulli_(share, generator=generator)
+
+        config, (B, T) = self.config, tokens.shape
+        embeddings, weights = None, None
+        if config.dropout:
+            embeddings = draw(1 - config.dropout, B, T, config.d_model)
+        if config.attention_dropout:
+            assert isinstance(config.mixer, AttentionConfig)
+            weights = tuple(draw(1 - config.attention_dropout, B, config.mixer.heads, T, T) for _ in self.layers)
+        return None if embeddings is None and weights is None else Kept(embeddings, weights)
 
     def body(
-        self, embedded: Tensor, kept: Tensor | None = None, apply: Callable[[nn.Module, Tensor], Tensor] | None = None
+        self,
+        embedded: Tensor,
+        kept: Kept | None = None,
+        apply: Callable[[nn.Module, Tensor, Tensor | None], Tensor] | None = None,
     ) -> Tensor:
-        """What the blocks make of the tokens' embeddings `[B, T, d_model]`, of which only what is `kept` counts, where that is given.
+        """What the blocks make of the tokens' embeddings `[B, T, d_model]`; only what is `kept` counts, where that is given.
 
-        `apply(block, x)` is how a block is applied, if not by calling it.
+        `apply(block, x, kept)` is how a block is applied, if not by calling it.
         """
         x = embedded
         if self.config.positions:
             x = x + self.positions.weight[: x.shape[1]]
-        if kept is not None:
-            x = x * kept / (1 - self.config.dropout)
-        for block in self.layers:
-            x = block(x) if apply is None else apply(block, x)
+        if kept is not None and kept.embeddings is not None:
+            x = x * kept.embeddings / (1 - self.config.dropout)
+        for i, block in enumerate(self.layers):
+            weights = None if kept is None or kept.weights is None else kept.weights[i]
+            x = block(x, weights) if apply is None else apply(block, x, weights)
         return x
 
     def logits(self, x: Tensor, places: Tensor | None = None) -> Tensor:

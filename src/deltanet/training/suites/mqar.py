@@ -74,7 +74,7 @@ class MQARSuite(Suite):
             config=SuiteModelConfig(
                 vocab_size=train.vocab_size, d_model=width, depth=grid.depth or (2 if attends else 4), mixer=layer,
                 norm="rms" if own else "layer", feed_forward="none" if own else "identity", tie_embeddings=True,
-                dropout=0.0 if own else 0.1, positions=length if attends else 0,
+                dropout=0.0 if own else 0.1, attention_dropout=0.1 if attends else 0.0, positions=length if attends else 0,
             ),
             recipe=with_overrides(recipe, grid),
         )  # fmt: skip

@@ -259,8 +259,8 @@ class Trial:
         return out
 
 
-def _block(block: nn.Module, x: Tensor) -> Tensor:
-    return block(x)
+def _block(block: nn.Module, x: Tensor, kept: Tensor | None) -> Tensor:
+    return block(x, kept)
 
 
 def _loss(model: SuiteModel, x: Tensor, labels: Tensor, places: Tensor | None) -> Tensor:
