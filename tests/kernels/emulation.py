@@ -2,7 +2,8 @@
 
 Their error against fp64 is what the rounding costs by itself, on the inputs at hand. A kernel that is right has about that error and no more:
 the budget of test_matrix.py. One value head a key head; formulas as in kernels/triton/chunk_*.py. The Hopper family differs in one place of
-its backward: dg is made of q . dq and k . dk (kernels/hopper/chunk_backward_gradients.py).
+its backward: dg is made of q . dq and k . dk (kernels/hopper/chunk_backward_gradients.py); and at heads of 256, where its backward is the
+portable one, in the forward: beta goes into P, not into E (kernels/hopper/chunk_state_256.py).
 """
 
 import torch
@@ -69,6 +70,7 @@ def _solve(L: Tensor, b: Tensor) -> Tensor:
 
 def _sequence(q, k, v, beta, g, scale, S, do, dS, family) -> dict[str, Tensor]:
     dtype, rest_counts = q.dtype, q.dtype == torch.bfloat16
+    wide = family == "hopper" and q.shape[-1] == 256
 
     def r(x: Tensor) -> Tensor:
         return x.to(dtype).float()
@@ -89,8 +91,9 @@ def _sequence(q, k, v, beta, g, scale, S, do, dS, family) -> dict[str, Tensor]:
         W = Vc - G.exp() * (Kc @ Sb)
         bW = r(bc * W)
         E = W - high @ bW - (low @ bW if rest_counts else 0)
-        P = r((Qc @ Kc.mT * decay).tril())
-        outputs["o"].append(r(scale * (G.exp() * (Qc @ Sb) + P @ r(bc * E))))
+        P = (Qc @ Kc.mT * decay).tril()
+        inside = r(P * bc.mT) @ r(E) if wide else r(P) @ r(bc * E)
+        outputs["o"].append(r(scale * (G.exp() * (Qc @ Sb) + inside)))
         saved.append((Sb, r(E), high, low, G, decay))
         last = G[:, -1:]
         S = S * last.exp() + Kc.mT @ r(bc * (last - G).exp() * E)
@@ -118,7 +121,7 @@ def _sequence(q, k, v, beta, g, scale, S, do, dS, family) -> dict[str, Tensor]:
         dk = back - through - r((scale * dP).tril().mT) @ Qc + r(dL + dL.mT) @ Kc
         by_new = (Kc * through).sum(-1)
         dG = scale * (Qc * dq).sum(-1) - (Kc * back).sum(-1) - by_new
-        if family == "triton":
+        if family == "triton" or wide:
             M = (scale * dP).tril(-1) * (Qc @ Kc.mT) - dL * (Kc @ Kc.mT)
             dG = dG + M.sum(-1) - M.sum(-2)
         else:

@@ -225,9 +225,9 @@ def hopper_forward_calls(D: int, *, gated: bool):
         if segment:
             chunk._forward(call, *inputs, None, None, None, None, state, 1.0, final_of=1, transition=state)
 
-    bf16, fp16, all_columns = torch.bfloat16, torch.float16, min(D, 128)
+    bf16, fp16, all_columns = torch.bfloat16, torch.float16, 64 if D == chunk.WIDE else D
     kinds = [(bf16, False, False, 0, all_columns), (bf16, True, True, 0, all_columns), (bf16, False, False, 128, all_columns)]
-    if D > 64:
+    if D == 128:
         kinds += [(bf16, True, False, 0, 64)]
     if not gated:
         kinds += [(fp16, True, False, 0, all_columns)]

@@ -25,8 +25,9 @@ PROBLEM = Problem(
 )  # fmt: skip
 
 
-def test_it_takes_what_was_proven():
-    assert hopper.refuse(PROBLEM) is None
+@pytest.mark.parametrize("D", [64, 128, 256])
+def test_it_takes_what_was_proven(D):
+    assert hopper.refuse(dataclasses.replace(PROBLEM, key_dim=D, value_dim=D)) is None
 
 
 @pytest.mark.parametrize(
@@ -191,8 +192,9 @@ def test_what_is_saved_is_what_the_portable_family_saves(gate, beta_max, D):
 @pytest.mark.gpu
 @pytest.mark.hopper
 @pytest.mark.parametrize("beta_max", [1.0, 2.0])
-def test_the_same_bits(beta_max):
-    given = inputs(8, 1000, 8, 8, 128, 128, torch.bfloat16, beta_max=beta_max)
+@pytest.mark.parametrize("D", [128, 256])
+def test_the_same_bits(D, beta_max):
+    given = inputs(8, 1000, 8, 8, D, D, torch.bfloat16, beta_max=beta_max)
     first = run(given, 0.1, None)
     for _ in range(200):
         for name, x in run(given, 0.1, None).items():

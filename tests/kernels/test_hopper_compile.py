@@ -24,6 +24,8 @@ SPILLS = {
     "hopper_forward-2-128-gated": 900,
     "hopper_forward-2-64-plain": 100,
     "hopper_forward-2-64-gated": 280,
+    "hopper_forward-2-256-plain": 420,  # outside of the loop
+    "hopper_forward-2-256-gated": 380,
     "hopper_backward-2-128-plain": 48,
     "hopper_backward-2-128-gated": 640,
     "hopper_backward-2-64-plain": 32,

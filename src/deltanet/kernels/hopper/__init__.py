@@ -19,7 +19,7 @@ __all__ = [
 
 RELEASES = ((3, 6), (3, 7))  # of Triton: Gluon is experimental, its next release may mean something else by the same words
 DTYPES = ("bfloat16", "float16")
-DIMS = (64, 128)
+DIMS = (64, 128, 256)
 
 
 def refuse(problem: Problem) -> str | None:

@@ -17,6 +17,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from deltanet.kernels.hopper.chunk_backward_kernel import backward, takes
 from deltanet.kernels.hopper.chunk_state import forward
+from deltanet.kernels.hopper.chunk_state_256 import forward_256
 from deltanet.kernels.hopper.chunk_transform import transform
 from deltanet.kernels.launch import LaunchConfig
 from deltanet.kernels.triton import chunk as portable
@@ -33,6 +34,8 @@ FORWARD = LaunchConfig(warps=4, stages=2, overlaps=True)  # warps of the first p
 # Registers of a thread, 512 over the warpgroups of a multiprocessor, 24 of them the loader's. Below 192 the state warpgroups' products are
 # serialised (ptxas C7512), beside 208 the auxiliary one spills.
 REGISTERS = dict(STATE_REGISTERS=192, AUXILIARY_REGISTERS=104)
+WIDE = 256  # heads with a kernel of their own, whose programs take 64 columns of V, and all registers that a thread can have
+WIDE_REGISTERS = dict(OUTPUT_REGISTERS=232)
 SWIZZLED = gl.NVMMASharedLayout(128, 16, 2)
 
 
@@ -44,7 +47,7 @@ class _Call(chunk_call.Call):
         # half of V a program where that is what it takes to fill the GPU
         halves = self.N * self.HV * -(-self.V // 64)
         places = chunk_call.multiprocessors(tensors[0].device)
-        self.columns = 64 if halves <= places and not self.segment else min(self.V, 128)
+        self.columns = 64 if self.K == WIDE or (halves <= places and not self.segment) else min(self.V, 128)
 
 
 @on_its_device
@@ -183,16 +186,16 @@ def _forward(
     keys = _matrix(k, tokens, call.H * K, K)
     outputs = keys if o is None else _matrix(o, tokens, HV * V, 64)
     errors = outputs if E is None else _matrix(E, tokens, HV * V, 64)
-    states = keys if S is None or S.numel() == 0 else _matrix(S, call.slots[0] * HV * V, K, K)
+    states = keys if S is None or S.numel() == 0 else _matrix(S, call.slots[0] * HV * V, K, min(K, 128))
     args = (
         _matrix(q, tokens, call.H * K, K), keys, _matrix(v, tokens, HV * V, call.columns), outputs, errors, states,
         b, *chunk_call.or_stand_in(b, G), X, *chunk_call.or_stand_in(X, X_low), *chunk_call.or_stand_in(b, initial), *chunk_call.or_stand_in(v, o, E),
         *chunk_call.or_stand_in(b, final, transition), *_place(call, k), call.segment, *used, scale,
     )  # fmt: skip
     flags = (initial is None, o is None, E is None, S is None, final_of, call.segment > 0, call.columns)
-    launch(forward, ("hopper forward", call.key, flags), (programs * HV, 1, 1), args, FORWARD, lambda: dict(
-        H=call.H, HV=HV, K=K, V=V, COLUMNS=call.columns, STAGES=FORWARD.stages, SPLIT=call.segment > 0, PACKED=call.packed,
+    kernel, own = (forward_256, WIDE_REGISTERS) if K == WIDE else (forward, dict(COLUMNS=call.columns, **REGISTERS))
+    launch(kernel, ("hopper forward", call.key, flags), (programs * HV, 1, 1), args, FORWARD, lambda: dict(
+        H=call.H, HV=HV, K=K, V=V, STAGES=FORWARD.stages, SPLIT=call.segment > 0, PACKED=call.packed,
         GATED=G is not None, REST=X_low is not None, INITIAL=initial is not None,
-        OUTPUT=o is not None, SAVE_E=E is not None, SAVE_S=S is not None, FINAL=final_of,
-        **REGISTERS,
+        OUTPUT=o is not None, SAVE_E=E is not None, SAVE_S=S is not None, FINAL=final_of, **own,
     ))  # fmt: skip

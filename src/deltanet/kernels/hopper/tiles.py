@@ -30,6 +30,36 @@ def find_part(place, cu_seqlens, N, steps, T, GRANULE, PACKED: gl.constexpr):
 
 
 @gluon.jit
+def find_chunks(place, cu_seqlens, N, steps, T, segment, SPLIT: gl.constexpr, PACKED: gl.constexpr):
+    """Of the segment (SPLIT) or sequence at `place`: sequence, part, chunks before it in its sequence, first token and end of the sequence, and
+    how many chunks it has.
+    """
+    if SPLIT:
+        sequence, part, begin, end = find_part(place, cu_seqlens, N, steps, T, segment, PACKED)
+        before = part * (segment // CHUNK)
+        chunks = gl.minimum(gl.cdiv(end - begin, CHUNK).to(gl.int32) - before, segment // CHUNK)
+        return sequence, part, before, begin, end, chunks
+    else:
+        if PACKED:
+            begin = gl.load(cu_seqlens + place).to(gl.int64)
+            end = gl.load(cu_seqlens + place + 1).to(gl.int64)
+        else:
+            begin = place.to(gl.int64) * T
+            end = begin + T
+        return place, place * 0, place * 0, begin, end, gl.cdiv(end - begin, CHUNK).to(gl.int32)
+
+
+@gluon.jit
+def needed(chunks, part, begin, end, before, identity, starts_used, ends_used):
+    """Those chunks, or 0 where nobody asks what the segment does: where a sequence's last one leads; and what it, or the first, does to a state
+    that is not there. identity < 0: the segment starts from zero, else from the identity.
+    """
+    is_last = gl.cdiv(end - begin, CHUNK).to(gl.int32) - before <= chunks
+    unused = gl.where(identity < 0, is_last, (is_last & (ends_used == 0)) | ((part == 0) & (starts_used == 0)))
+    return gl.where(unused, 0, chunks)
+
+
+@gluon.jit
 def clear(tile, rows, WIDTH: gl.constexpr):
     """Zero the rows of a [64, WIDTH] tile from `rows` on: they came by TMA and belong to the next sequence."""
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
