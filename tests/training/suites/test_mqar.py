@@ -34,6 +34,7 @@ def test_models_of_the_protocol(model, depth, heads, norm, feed_forward, dropout
     assert config.attention_dropout == (0.1 if model == "attention" else 0.0)
     assert config.tie_embeddings
     assert not getattr(config.mixer, "rotary", False)
+    assert getattr(config.mixer, "gate_divisor", 128.0) == 128.0
 
 
 def test_the_identity_adds_the_normalised_stream() -> None:
