@@ -238,10 +238,12 @@ def hopper_backward_calls(D: int, *, gated: bool):
     """Every combination of flags that the Hopper backward ships with: full chunks, ragged with states, packed; bf16, and fp16 once."""
     import torch
 
-    from deltanet.kernels.hopper import chunk_backward_kernel
+    from deltanet.kernels.hopper import chunk_backward_256, chunk_backward_kernel
     from deltanet.kernels.triton import chunk_call
 
-    def one(dtype: torch.dtype, T: int, lengths: list[int] | None, group: int, with_state: bool):
+    home = chunk_backward_256 if D == chunk_backward_256.DIM else chunk_backward_kernel
+
+    def one(dtype: torch.dtype, T: int, lengths: list[int] | None, group: int, with_state: bool, segment: int):
         H, HV = 2, 2 * group
         q, k, dq, dk = (torch.zeros(1, T, H, D, dtype=dtype) for _ in range(4))
         v, do, dv = (torch.zeros(1, T, HV, D, dtype=dtype) for _ in range(3))
@@ -250,13 +252,18 @@ def hopper_backward_calls(D: int, *, gated: bool):
         cu_seqlens = None if lengths is None else torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
         call = chunk_call.Call(q, v, beta, g, cu_seqlens)
         state = torch.zeros(call.states) if with_state else None
-        chunk_backward_kernel.backward(
-            call, do, state, q, k, 1.0, state, *chunk_call.unpack(chunk_call.saved(q, v, g, cu_seqlens, "states"), call, g), dq=dq, dk=dk, dv=dv,
+        X, b, G, _, E, S = chunk_call.unpack(chunk_call.saved(q, v, g, cu_seqlens, "states"), call, g)
+        call.segment = segment
+        M = torch.zeros(call.parts(segment), HV, D, D) if segment else None
+        home.backward(
+            call, do, state, q, k, 1.0, state, X, b, G, M, E, S, dq=dq, dk=dk, dv=dv,
             dbeta=dbeta, dg=None if g is None else torch.zeros_like(g), dinitial=None if state is None else torch.zeros_like(state),
         )  # fmt: skip
 
     bf16, fp16 = torch.bfloat16, torch.float16
-    kinds = [(bf16, 128, None, 1, False), (bf16, 130, None, 1, True), (bf16, 130, [70, 60], 2, True), (fp16, 128, None, 1, True)]
+    kinds = [(bf16, 128, None, 1, False, 0), (bf16, 130, None, 1, True, 0), (bf16, 130, [70, 60], 2, True, 0), (fp16, 128, None, 1, True, 0)]
+    if D == chunk_backward_256.DIM:
+        kinds += [(bf16, 130, None, 1, True, 64)]
     return [lambda kind=kind: one(*kind) for kind in kinds]
 
 

@@ -25,7 +25,7 @@ def bounds(lengths):
 
 def backwards(given, scale, cu):
     """Two functions of no arguments, from the same forward: the gradients by the portable kernels, and by those under test."""
-    from deltanet.kernels.hopper import chunk_backward_kernel
+    from deltanet.kernels.hopper import chunk_backward_256, chunk_backward_kernel
 
     q, k, v, beta, do, g, state, dstate = given
     _, _, kept = chunk.chunk_forward(q, k, v, beta, g, scale, state, cu, output_final_state=True, save="states")
@@ -37,7 +37,8 @@ def backwards(given, scale, cu):
         call = chunk_call.Call(q, v, beta, g, cu)
         out = [None if x is None else torch.full_like(x, float("nan")) for x in (q, k, v, beta, g, state)]
         names = ("dq", "dk", "dv", "dbeta", "dg", "dinitial")
-        chunk_backward_kernel.backward(
+        home = chunk_backward_256 if chunk_backward_256.takes(call) else chunk_backward_kernel
+        home.backward(
             call, do, dstate, q, k, scale, state, *chunk_call.unpack(kept, call, g), **dict(zip(names, out, strict=True))
         )
         return out
@@ -69,7 +70,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("D", [64, 128])
+@pytest.mark.parametrize("D", [64, 128, 256])
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
 @pytest.mark.parametrize("name", CASES)
 def test_against_the_definition(name, dtype, D):
@@ -77,15 +78,17 @@ def test_against_the_definition(name, dtype, D):
     check(*case.pop("shape"), D, D, dtype=dtype, **case)
 
 
+@pytest.mark.parametrize("D", [128, 256])
 @pytest.mark.parametrize("gate", [None, 0.1])
 @pytest.mark.parametrize("T", [1, 63, 64, 65, 1000])
-def test_lengths(T, gate):
-    check(2, T, 2, 2, 128, 128, gate=gate, states=True)
+def test_lengths(T, gate, D):
+    check(2, T, 2, 2, D, D, gate=gate, states=True)
 
 
+@pytest.mark.parametrize("D", [128, 256])
 @pytest.mark.parametrize("case", [dict(), dict(lengths=[2100, 0, 2300, 100]), dict(gate=0.01)], ids=str)
-def test_segments(case):
-    check(1, 4500, 2, 2, 128, 128, states=True, **case)
+def test_segments(case, D):
+    check(1, 4500, 2, 2, D, D, states=True, **case)
 
 
 HARD = {
@@ -100,7 +103,7 @@ HARD = {
 }
 
 
-@pytest.mark.parametrize("D", [64, 128])
+@pytest.mark.parametrize("D", [64, 128, 256])
 @pytest.mark.parametrize("name", HARD)
 def test_betas_up_to_2_are_as_exact_as_in_the_portable_backward(name, D):
     """Where rounding X costs digits: without what the rounding left dv is off by 0.4 for one key repeated.
@@ -140,16 +143,18 @@ def test_what_rounding_left_of_X(gate, T):
     assert (ours - theirs).abs().max() < 1e-4
 
 
+@pytest.mark.parametrize(("H", "D"), [(16, 128), (8, 256)])
 @pytest.mark.parametrize("gate", [None, 0.05])
-def test_long_sequences_agree_with_the_portable_backward(gate):
-    portable, ours = backwards(inputs(8, 4096, 16, 16, 128, 128, BF16, gate=gate), 0.1, None)
+def test_long_sequences_agree_with_the_portable_backward(gate, H, D):
+    portable, ours = backwards(inputs(8, 4096, H, H, D, D, BF16, gate=gate), 0.1, None)
     for name, x, y in zip(("dq", "dk", "dv", "dbeta", "dg"), ours(), portable(), strict=False):
         assert x is y is None or error(x, y.double()) < 6e-3, name
 
 
+@pytest.mark.parametrize("D", [128, 256])
 @pytest.mark.parametrize("gate", [None, 0.05])
-def test_the_same_bits(gate):
-    _, ours = backwards(inputs(2, 1000, 8, 8, 128, 128, BF16, gate=gate, states=True), 0.1, None)
+def test_the_same_bits(gate, D):
+    _, ours = backwards(inputs(2, 1000, 8, 8, D, D, BF16, gate=gate, states=True), 0.1, None)
     first = ours()
     for _ in range(200):
         for x, y in zip(first, ours(), strict=True):

@@ -20,13 +20,20 @@ def test_every_argument_is_given_once() -> None:
         [sys.executable, __file__], env=environment | {"PYTHONPATH": os.pathsep.join(sys.path)}, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.split() == ["backward_kernel", "chain", "forward", "forward_256", "gradients", "rest", "state_gradient", "transform"]
+    ours = ["backward_kernel", "forward", "forward_256", "gradients_kernel", "rest", "state_gradient_kernel", "transform"]
+    assert done.stdout.split() == sorted([*ours, "chain", "state_gradient"])
 
 
 def main() -> None:
     import torch
 
-    from deltanet.kernels.hopper import chunk, chunk_backward_kernel, chunk_rest
+    from deltanet.kernels.hopper import (
+        chunk,
+        chunk_backward_kernel,
+        chunk_gradients_256,
+        chunk_rest,
+        chunk_state_gradient_256,
+    )
     from deltanet.kernels.triton import chunk as portable
     from deltanet.kernels.triton import chunk_call
 
@@ -38,7 +45,7 @@ def main() -> None:
         assert all(size > 0 for size in grid), (fn.__name__, grid)
         seen.add(fn.__name__)
 
-    for module in (chunk, chunk_backward_kernel, chunk_rest, portable):
+    for module in (chunk, chunk_backward_kernel, chunk_gradients_256, chunk_rest, chunk_state_gradient_256, portable):
         module.launch = look
     chunk._compile_once = lambda *_: None
     chunk_call.multiprocessors = lambda device: 132
@@ -57,7 +64,7 @@ def main() -> None:
         o, final, kept = chunk.chunk_forward(*given, output_final_state=states, save=save)
         assert o.shape == v.shape
         if save != "nothing":
-            chunk.takes = lambda call: call.K in chunk_backward_kernel.DIMS  # with fewer heads than it asks for, too
+            chunk_backward_kernel.takes = lambda call: call.K in chunk_backward_kernel.DIMS  # with fewer heads than it asks for, too
             grads = chunk.chunk_backward(o, final, *given, kept)
             for x, dx in zip((q, k, v, beta, g, state), grads, strict=True):
                 assert x is dx is None or (x.shape, x.dtype) == (dx.shape, dx.dtype)

@@ -2,6 +2,7 @@
 
     forward     transform -> X, beta in fp32, G;     forward -> o, final state, and for the backward E and the chunk states S
     backward    (bf16) rest -> what rounding X left, where betas are above 1;     backward_kernel -> every gradient
+                heads of 256: state_gradient -> dv, D;     gradients -> the others (chunk_backward_256.py)
 
 Where sequences are cut into segments a launch and a chain over them come before `forward`, and before `backward_kernel`.
 What is saved is what the portable family saves (kernels/triton/chunk_call.py), so that its backward can run behind this forward, which it
@@ -15,7 +16,7 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from deltanet.kernels.hopper.chunk_backward_kernel import backward, takes
+from deltanet.kernels.hopper import chunk_backward_256, chunk_backward_kernel
 from deltanet.kernels.hopper.chunk_state import forward
 from deltanet.kernels.hopper.chunk_state_256 import forward_256
 from deltanet.kernels.hopper.chunk_transform import transform
@@ -108,7 +109,8 @@ def chunk_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Gradients of q, k, v, beta, g and initial_state, each in the dtype of its tensor."""
     call = _Call(q, v, beta, g, cu_seqlens)
-    if call.tokens == 0 or scale == 0.0 or not takes(call):
+    backwards = [home.backward for home in (chunk_backward_kernel, chunk_backward_256) if home.takes(call)]
+    if call.tokens == 0 or scale == 0.0 or not backwards:
         return portable.chunk_backward(do, dfinal_state, q, k, v, beta, g, scale, initial_state, cu_seqlens, saved)
     _bind_context(q.device)
     q, k, do = (chunk_call.plain(x) for x in (q, k, do))
@@ -121,7 +123,7 @@ def chunk_backward(
     if S is None:
         S = q.new_empty(call.slots)
         portable.run_forward(call, None, k, None, b, G, X, None, initial_state, None, E, S, None, scale, replay=True)
-    backward(
+    backwards[0](
         call, do, dfinal, q, k, scale, initial_state, X, b, G, M, E, S,
         dq=dq, dk=dk, dv=dv, dbeta=dbeta, dg=dg, dinitial=dinitial,
     )  # fmt: skip

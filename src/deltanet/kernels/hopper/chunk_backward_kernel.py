@@ -195,7 +195,7 @@ def backward_kernel(
             (state, (0, tiles, bars, states, chunks, scale, inverse_scale, K, V, GATED, FINAL, INITIAL, REST)),
             (state, (1, tiles, bars, states, chunks, scale, inverse_scale, K, V, GATED, FINAL, INITIAL, REST)),
             (load, (sources, tiles, bars, places, span, HV, K, V, GATED, INITIAL)),
-            (load_rest, (dv_at, strength, head, tiles, bars, span, HV, V, REST)),
+            (load_rest, (dv_at, strength, head, sP, bars, span, HV, V, REST)),
             (gate_gradient, (tiles, bars, outputs, span, HV, V)),
         ], [4, 4, 1, 1, 1], [STATE_REGISTERS, STATE_REGISTERS, 24, 24, 24])  # fmt: skip
     elif GATED:
@@ -203,7 +203,7 @@ def backward_kernel(
             (gradients, (tiles, bars, outputs, columns, span, scale, HV, K, V, GATED, RAGGED)),
             (state, (0, tiles, bars, states, chunks, scale, inverse_scale, K, V, GATED, FINAL, INITIAL, REST)),
             (load, (sources, tiles, bars, places, span, HV, K, V, GATED, INITIAL)),
-            (load_rest, (dv_at, strength, head, tiles, bars, span, HV, V, REST)),
+            (load_rest, (dv_at, strength, head, sP, bars, span, HV, V, REST)),
             (gate_gradient, (tiles, bars, outputs, span, HV, V)),
         ], [4, 1, 1, 1], [STATE_REGISTERS, 24, 24, 24])  # fmt: skip
     elif STATES == 2:
@@ -212,14 +212,14 @@ def backward_kernel(
             (state, (0, tiles, bars, states, chunks, scale, inverse_scale, K, V, GATED, FINAL, INITIAL, REST)),
             (state, (1, tiles, bars, states, chunks, scale, inverse_scale, K, V, GATED, FINAL, INITIAL, REST)),
             (load, (sources, tiles, bars, places, span, HV, K, V, GATED, INITIAL)),
-            (load_rest, (dv_at, strength, head, tiles, bars, span, HV, V, REST)),
+            (load_rest, (dv_at, strength, head, sP, bars, span, HV, V, REST)),
         ], [4, 4, 1, 1], [STATE_REGISTERS, STATE_REGISTERS, 24, 24])  # fmt: skip
     else:
         gl.warp_specialize([
             (gradients, (tiles, bars, outputs, columns, span, scale, HV, K, V, GATED, RAGGED)),
             (state, (0, tiles, bars, states, chunks, scale, inverse_scale, K, V, GATED, FINAL, INITIAL, REST)),
             (load, (sources, tiles, bars, places, span, HV, K, V, GATED, INITIAL)),
-            (load_rest, (dv_at, strength, head, tiles, bars, span, HV, V, REST)),
+            (load_rest, (dv_at, strength, head, sP, bars, span, HV, V, REST)),
         ], [4, 1, 1], [STATE_REGISTERS, 24, 24])  # fmt: skip
 
 

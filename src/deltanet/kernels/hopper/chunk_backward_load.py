@@ -115,10 +115,9 @@ def load(
 
 
 @gluon.jit
-def load_rest(X_low, strength, head, tiles, bars, span, HV: gl.constexpr, V: gl.constexpr, REST: gl.constexpr):
-    """One warp: what rounding left of X, of chunks with a beta above 1, to where P was, once P is used."""
+def load_rest(X_low, strength, head, place, bars, span, HV: gl.constexpr, V: gl.constexpr, REST: gl.constexpr):
+    """One warp: what rounding left of X, of chunks with a beta above 1, to `place`, where P was, once P is used."""
     if REST:
-        _, _, _, _, _, _, _, _, all_P, _, _, _, _, _, _, _ = tiles
         chunks, rows, first = span
         wide: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [1, 1], [1, 0])
         line: gl.constexpr = gl.BlockedLayout([2], [32], [1], [0])
@@ -133,7 +132,7 @@ def load_rest(X_low, strength, head, tiles, bars, span, HV: gl.constexpr, V: gl.
                 mbarrier.wait(bars.index(USED_P), careful & 1)
                 at = X_low + ((first + i * CHUNK).to(gl.int64) * HV + head) * V
                 async_copy.async_copy_global_to_shared(
-                    all_P.index(0), at + (r * (HV * V))[:, None] + c[None, :], mask=(r < left)[:, None] & (c[None, :] < 64)
+                    place.index(0), at + (r * (HV * V))[:, None] + c[None, :], mask=(r < left)[:, None] & (c[None, :] < 64)
                 )
                 async_copy.mbarrier_arrive(bars.index(LOADED_REST), increment_count=False)
                 careful += 1

@@ -116,7 +116,7 @@ def chunk_backward(
         call, q, k, do, E, b, G, X, X_low, dfinal if ends is None else ends, dv, partial, D, dinitial, scale,
         borrow=borrow, split=ends is not None, initial_of=0 if dinitial is None else 1 if ends is None else 2,
     )  # fmt: skip
-    parts = _gradients(call, q, k, do, E, dv, b, G, S, D, initial_state, dfinal, partial, dq, dk, dbeta, scale, borrow=borrow)
+    parts = run_gradients(call, q, k, do, E, dv, b, G, S, D, initial_state, dfinal, partial, dq, dk, dbeta, scale, borrow=borrow)
     if dg is not None:
         dg.copy_(parts[0] if parts.shape[0] == 1 else parts.sum(0))
     return dq, dk, dv, dbeta, dg, dinitial
@@ -202,7 +202,7 @@ def _state_gradient(
     ))  # fmt: skip
 
 
-def _gradients(
+def run_gradients(
     call: Call, q, k, do, E, dv, b, G, S, D, initial, dfinal, partial, dq, dk, dbeta, scale, *, borrow: bool
 ) -> Tensor | None:  # fmt: skip
     """Writes dq, dk, dbeta; returns dg as `[tiles of K, B, T, HV]`, to be summed."""
