@@ -221,12 +221,15 @@ def hopper_forward_calls(D: int, *, gated: bool):
         chunk._transform(call, k, beta, g, b, G, X, X_low)
         inputs, state = (q, k, v, b, G, X, X_low), torch.zeros(call.states)
         given, E, S = state if packed or segment else None, E if keep else None, S if keep else None
-        chunk._forward(call, *inputs, given, torch.empty_like(v), E, S, given, 1.0, final_of=2 if segment else int(packed))
+        o = torch.empty_like(v)
+        chunk._forward(call, *inputs, given, o, E, S, given, 1.0, final_of=2 if segment else int(packed))
         if segment:
-            chunk._forward(call, *inputs, None, None, None, None, state, 1.0, final_of=1, transition=state)
+            outputs = (None, None, None) if packed or D == chunk.WIDE else (o, E, S)
+            chunk._forward(call, *inputs, None, *outputs, state, 1.0, final_of=1, transition=state)
 
     bf16, fp16, all_columns = torch.bfloat16, torch.float16, 64 if D == chunk.WIDE else D
     kinds = [(bf16, False, False, 0, all_columns), (bf16, True, True, 0, all_columns), (bf16, False, False, 128, all_columns)]
+    kinds += [(bf16, True, False, 128, all_columns), (bf16, False, True, 128, all_columns)]
     if D == 128:
         kinds += [(bf16, True, False, 0, 64)]
     if not gated:
@@ -235,15 +238,15 @@ def hopper_forward_calls(D: int, *, gated: bool):
 
 
 def hopper_backward_calls(D: int, *, gated: bool):
-    """Every combination of flags that the Hopper backward ships with: full chunks, ragged with states, packed; bf16, and fp16 once."""
+    """What the Hopper backward ships with: full chunks, ragged with states, packed, cut into segments, ends found on the way; bf16, and fp16."""
     import torch
 
-    from deltanet.kernels.hopper import chunk_backward_256, chunk_backward_kernel
+    from deltanet.kernels.hopper import chunk_backward_256, chunk_backward_ends, chunk_backward_kernel
     from deltanet.kernels.triton import chunk_call
 
     home = chunk_backward_256 if D == chunk_backward_256.DIM else chunk_backward_kernel
 
-    def one(dtype: torch.dtype, T: int, lengths: list[int] | None, group: int, with_state: bool, segment: int):
+    def one(dtype: torch.dtype, T: int, lengths: list[int] | None, group: int, with_state: bool, segment: int, walk: bool = False):
         H, HV = 2, 2 * group
         q, k, dq, dk = (torch.zeros(1, T, H, D, dtype=dtype) for _ in range(4))
         v, do, dv = (torch.zeros(1, T, HV, D, dtype=dtype) for _ in range(3))
@@ -253,6 +256,10 @@ def hopper_backward_calls(D: int, *, gated: bool):
         call = chunk_call.Call(q, v, beta, g, cu_seqlens)
         state = torch.zeros(call.states) if with_state else None
         X, b, G, _, E, S = chunk_call.unpack(chunk_call.saved(q, v, g, cu_seqlens, "states"), call, g)
+        if walk:
+            X_low = dv if dtype == bf16 else None
+            chunk_backward_ends.find_ends(call, segment, q, k, do, b, G, X, X_low, state, 1.0, walk=True)
+            return
         call.segment = segment
         M = torch.zeros(call.parts(segment), HV, D, D) if segment else None
         home.backward(
@@ -264,6 +271,9 @@ def hopper_backward_calls(D: int, *, gated: bool):
     kinds = [(bf16, 128, None, 1, False, 0), (bf16, 130, None, 1, True, 0), (bf16, 130, [70, 60], 2, True, 0), (fp16, 128, None, 1, True, 0)]
     if D == chunk_backward_256.DIM:
         kinds += [(bf16, 130, None, 1, True, 64)]
+    else:
+        kinds += [(bf16, 256, None, 1, False, 128), (fp16, 256, None, 1, False, 128)]
+        kinds += [(bf16, 256, [70, 186], 1, True, 128, True), (bf16, 256, None, 1, False, 128, True)]
     return [lambda kind=kind: one(*kind) for kind in kinds]
 
 

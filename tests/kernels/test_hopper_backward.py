@@ -91,6 +91,35 @@ def test_segments(case, D):
     check(1, 4500, 2, 2, D, D, states=True, **case)
 
 
+WALKED = {
+    "plain": dict(),
+    "gated": dict(gate=0.01),
+    "a beta of 2": dict(beta_max=2.0),
+    "gated, a beta of 2": dict(gate=0.01, beta_max=2.0),
+    "packed": dict(shape=(1, 4600, 2, 2), lengths=[3000, 0, 1500, 100]),
+    "gated, grouped": dict(shape=(2, 1201, 1, 2), gate=0.1),
+    "fp16": dict(dtype=FP16),
+}
+
+
+@pytest.mark.parametrize("D", [64, 128])
+@pytest.mark.parametrize("name", WALKED)
+def test_ends_found_on_the_way(name, D, monkeypatch):
+    """Where heads leave half of the GPU idle a program walks to the middle of a sequence first; here on a GPU that is said to be small."""
+    from deltanet.kernels.hopper import chunk_backward_ends
+
+    case = dict(WALKED[name])
+    B, T, H, HV = case.pop("shape", (2, 1100, 2, 2))
+    lengths = case.get("lengths")
+    share = 2 if lengths is None else 3
+    monkeypatch.setattr(chunk_call, "multiprocessors", lambda device: share * HV * (B if lengths is None else len(lengths)))
+    monkeypatch.setattr(chunk_call, "_segment", lambda *_: 0)
+    segments = []
+    monkeypatch.setattr(chunk_backward_ends, "find_ends", lambda *a, f=chunk_backward_ends.find_ends, **k: segments.append(a[1]) or f(*a, **k))
+    check(B, T, H, HV, D, D, states=True, **case)
+    assert segments == [-(-T // 128) * 64 if lengths is None else 512]
+
+
 HARD = {
     "iid": dict(),
     "alike": dict(keys="alike"),

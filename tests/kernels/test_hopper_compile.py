@@ -20,7 +20,7 @@ from kernels.offline import FOLDERS, Compiled, name, problems
 # Bytes that a thread may spill, stores and loads together, over all warps of the program, by row: what is spilled now and a little, so that
 # a change shows. They are dear here: what is spilled comes back from L2 (docs/kernels.md).
 SPILLS = {
-    "hopper_forward-2-128-plain": 400,
+    "hopper_forward-2-128-plain": 760,
     "hopper_forward-2-128-gated": 900,
     "hopper_forward-2-64-plain": 100,
     "hopper_forward-2-64-gated": 280,
@@ -46,8 +46,8 @@ def check(row: str, rows: list[str], folder: str) -> None:
     assert len(kernels) >= 3, f"{row} has lost configurations: {kernels}"
     wrong = [(kernel, found) for kernel in kernels if (found := problems(kernel, SPILLS[row]))]
     assert not wrong, wrong
-    # a warpgroup for each role; without roles it would be 4 warps. The triangular solve and what it is solved again for have none
-    assert {kernel.warps for kernel in kernels if kernel.kernel not in ("transform", "rest")} <= {12, 16}
+    # a warpgroup for each role; without roles it would be 4 warps. The triangular solve, what it is solved again for, and the chain have none
+    assert {kernel.warps for kernel in kernels if kernel.kernel not in ("transform", "rest", "chain")} <= {12, 16}
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=name)

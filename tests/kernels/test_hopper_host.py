@@ -20,7 +20,7 @@ def test_every_argument_is_given_once() -> None:
         [sys.executable, __file__], env=environment | {"PYTHONPATH": os.pathsep.join(sys.path)}, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    ours = ["backward_kernel", "forward", "forward_256", "gradients_kernel", "rest", "state_gradient_kernel", "transform"]
+    ours = ["backward_kernel", "ends_kernel", "forward", "forward_256", "gradients_kernel", "rest", "state_gradient_kernel", "transform"]
     assert done.stdout.split() == sorted([*ours, "chain", "state_gradient"])
 
 
@@ -29,6 +29,7 @@ def main() -> None:
 
     from deltanet.kernels.hopper import (
         chunk,
+        chunk_backward_ends,
         chunk_backward_kernel,
         chunk_gradients_256,
         chunk_rest,
@@ -45,7 +46,7 @@ def main() -> None:
         assert all(size > 0 for size in grid), (fn.__name__, grid)
         seen.add(fn.__name__)
 
-    for module in (chunk, chunk_backward_kernel, chunk_gradients_256, chunk_rest, chunk_state_gradient_256, portable):
+    for module in (chunk, chunk_backward_ends, chunk_backward_kernel, chunk_gradients_256, chunk_rest, chunk_state_gradient_256, portable):
         module.launch = look
     chunk._compile_once = lambda *_: None
     chunk_call.multiprocessors = lambda device: 132

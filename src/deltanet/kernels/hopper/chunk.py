@@ -83,11 +83,15 @@ def chunk_forward(
     inputs = (q, k, v, b, G, X, X_low)
     if call.segment:
         N = q.new_empty((call.parts(call.segment), *call.states[1:]), dtype=torch.float32)
+        # That launch leaves room for the outputs of first segments, whose start is known; not of packed sequences, which may have no other. With an
+        # initial state its products would be serialised; heads of 256 have no such kernel.
+        first = initial_state is None and not call.packed and call.K != WIDE
         # of what the first segments do to a state, and the last, in the chain forward and the one backward
         used = int(initial_state is not None), int(final is not None and save != "nothing")
-        _forward(call, *inputs, None, None, None, None, N, 1.0, final_of=1, transition=M, used=used)
+        outputs = (o, E, S) if first else (None, None, None)
+        _forward(call, *inputs, None, *outputs, N, scale, final_of=1, transition=M, used=used)
         starts = portable.chain_segments(call, M, N, initial_state, backwards=False)
-        _forward(call, *inputs, starts, o, E, S, final, scale, final_of=0 if final is None else 2)
+        _forward(call, *inputs, starts, o, E, S, final, scale, final_of=0 if final is None else 2, first_part=int(first))
     else:
         _forward(call, *inputs, initial_state, o, E, S, final, scale, final_of=0 if final is None else 1)
     return o, final, kept
@@ -179,11 +183,13 @@ def _place(call: _Call, stand_in: Tensor) -> tuple:
 
 def _forward(
     call: _Call, q, k, v, b, G, X, X_low, initial, o, E, S, final, scale, *,
-    final_of: int = 0, transition=None, used: tuple[int, int] = (1, 1),
+    final_of: int = 0, transition=None, used: tuple[int, int] = (1, 1), first_part: int = 0,
 ) -> None:  # fmt: skip
-    """o, the final states, E and S where there is a place for them; without one for o what each segment does to a state."""
+    """o, the final states, E and S where there is a place for them; with one for `transition` what each segment does to a state instead, and
+    the former of each sequence's first.
+    """
     K, V, HV, tokens = call.K, call.V, call.HV, call.tokens
-    columns = V + K if o is None else V
+    columns = V if transition is None else V + K
     programs = (call.parts(call.segment) if call.segment else call.N) * (columns // call.columns)
     keys = _matrix(k, tokens, call.H * K, K)
     outputs = keys if o is None else _matrix(o, tokens, HV * V, 64)
@@ -192,12 +198,13 @@ def _forward(
     args = (
         _matrix(q, tokens, call.H * K, K), keys, _matrix(v, tokens, HV * V, call.columns), outputs, errors, states,
         b, *chunk_call.or_stand_in(b, G), X, *chunk_call.or_stand_in(X, X_low), *chunk_call.or_stand_in(b, initial), *chunk_call.or_stand_in(v, o, E),
-        *chunk_call.or_stand_in(b, final, transition), *_place(call, k), call.segment, *used, scale,
+        *chunk_call.or_stand_in(b, final, transition), *_place(call, k), call.segment, *used, *(() if K == WIDE else (first_part,)), scale,
     )  # fmt: skip
-    flags = (initial is None, o is None, E is None, S is None, final_of, call.segment > 0, call.columns)
-    kernel, own = (forward_256, WIDE_REGISTERS) if K == WIDE else (forward, dict(COLUMNS=call.columns, **REGISTERS))
+    flags = (initial is None, transition is None, o is None, E is None, S is None, final_of, call.segment > 0, call.columns)
+    own = dict(COLUMNS=call.columns, FIRST=transition is not None and o is not None, **REGISTERS)
+    kernel, own = (forward_256, WIDE_REGISTERS) if K == WIDE else (forward, own)
     launch(kernel, ("hopper forward", call.key, flags), (programs * HV, 1, 1), args, FORWARD, lambda: dict(
         H=call.H, HV=HV, K=K, V=V, STAGES=FORWARD.stages, SPLIT=call.segment > 0, PACKED=call.packed,
         GATED=G is not None, REST=X_low is not None, INITIAL=initial is not None,
-        OUTPUT=o is not None, SAVE_E=E is not None, SAVE_S=S is not None, FINAL=final_of, **own,
+        OUTPUT=transition is None, SAVE_E=E is not None, SAVE_S=S is not None, FINAL=final_of, **own,
     ))  # fmt: skip

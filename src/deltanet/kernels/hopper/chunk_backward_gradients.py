@@ -37,21 +37,7 @@ from deltanet.kernels.hopper.chunk_backward_load import (
     THIRD_0,
     widened,
 )
-from deltanet.kernels.hopper.tiles import CHUNK
-
-
-@gluon.jit
-def masked(keep, x, dtype: gl.constexpr):
-    """x where `keep`, else 0, rounded. Said to LLVM as it is, it selects halves of packed pairs, at three times the instructions."""
-    x = gl.where(keep, x, 0.0)
-    if dtype == gl.bfloat16:
-        return gl.inline_asm_elementwise(
-            "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,r,r", [x], dtype=gl.bfloat16, is_pure=True, pack=2
-        )
-    else:
-        return gl.inline_asm_elementwise(
-            "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,r,r", [x], dtype=gl.float16, is_pure=True, pack=2
-        )
+from deltanet.kernels.hopper.tiles import CHUNK, masked
 
 
 @gluon.jit

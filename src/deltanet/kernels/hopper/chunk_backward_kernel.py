@@ -19,6 +19,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from deltanet.kernels.hopper.chunk_backward_ends import cut, segment_ends
 from deltanet.kernels.hopper.chunk_backward_gradients import gate_gradient, gradients
 from deltanet.kernels.hopper.chunk_backward_load import (
     FREED_ERRORS,
@@ -48,7 +49,6 @@ from deltanet.kernels.hopper.chunk_backward_state import state
 from deltanet.kernels.hopper.chunk_rest import rest_of_X
 from deltanet.kernels.hopper.tiles import CHUNK, find_part
 from deltanet.kernels.launch import LaunchConfig
-from deltanet.kernels.triton import chunk as portable
 from deltanet.kernels.triton import chunk_call
 from deltanet.kernels.triton.compiled import launch
 
@@ -249,9 +249,9 @@ def backward(
     X_low = dv if q.dtype in chunk_call.ROUNDING_COUNTS else None
     if X_low is not None:
         rest_of_X(call, k, b, G, X, X_low)
-    segment, places, ends = call.segment, call.N, dfinal
+    segment, places, ends = cut(call, q.device), call.N, dfinal
     if segment:
-        places, ends = call.parts(segment), portable.segment_ends(call, q, k, dv, do, b, G, X, X_low, M, dfinal, scale)
+        places, ends = call.parts(segment), segment_ends(call, segment, q, k, do, b, G, X, X_low, M, dfinal, scale)
     registers = STATE_REGISTERS if G is None else STATE_REGISTERS_GATED
     args = (
         keys[0], keys[1], values[0], values[1], states, first or states, keys[2], keys[3], values[2], *parts, dv, X, b,

@@ -97,11 +97,9 @@ def rest(
 
 
 def rest_of_X(call, k: Tensor, b: Tensor, G: Tensor | None, X: Tensor, X_low: Tensor) -> None:
-    """Write it over X_low `[B, T, HV, V]`; once for each program of a head, in the columns that it will write: where V is cut, or segments,
-    whose ends the portable family finds.
-    """
+    """Write it over X_low `[B, T, HV, V]`: in the first 64 columns, or where V is cut, for each program of a head, in those it will write."""
     keys = TensorDescriptor(k, [call.tokens, call.H * call.K], [call.H * call.K, 1], [CHUNK.value, call.K], gl.NVMMASharedLayout(128, 16, 2))
-    copies = call.V // CHUNK.value if call.segment or call.V > 128 else 1
+    copies = call.V // CHUNK.value if call.V > 128 else 1
     args = (keys, b, b if G is None else G, X, X_low, b if call.place[0] is None else call.place[0], *call.place[1:])
     grid = (-(-call.parts(CHUNK.value) // PLACES.value), call.HV, 1)
     launch(rest, ("hopper rest of X", call.key, copies), grid, args, CONFIG, lambda: dict(COPIES=copies, GATED=G is not None, **call.sizes))

@@ -25,13 +25,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_wait
 
-from deltanet.kernels.hopper.tiles import CHUNK, any_of_warp, clear, find_part, power_of_2
+from deltanet.kernels.hopper.tiles import CHUNK, any_of_warp, clear, find_part, masked, power_of_2
 
 ROWS = gl.constexpr(64)  # columns of V that one state warpgroup owns: rows of S^T
 
 
 @gluon.jit
-def loader(q, k, v, tiles, barriers, row0, key_col, value_col, chunks, STAGES: gl.constexpr, OUTPUT: gl.constexpr):
+def loader(q, k, v, tiles, barriers, row0, key_col, value_col, chunks, STAGES: gl.constexpr, with_q, BACKWARDS: gl.constexpr = False):
     """Brings q, k and v of each chunk to shared memory. Rows past the end of the sequence belong to the next one: the auxiliary clears them."""
     q_s, k_s, v_s = tiles
     loaded, freed = barriers
@@ -39,23 +39,45 @@ def loader(q, k, v, tiles, barriers, row0, key_col, value_col, chunks, STAGES: g
         i = t % STAGES
         mbarrier.wait(freed.index(i), ((t // STAGES) & 1) ^ 1)
         arrived = loaded.index(i)
-        if OUTPUT:
+        if with_q:
             mbarrier.expect(arrived, q.block_type.nbytes + k.block_type.nbytes + v.block_type.nbytes)
         else:
             mbarrier.expect(arrived, k.block_type.nbytes + v.block_type.nbytes)
-        row = row0 + t * CHUNK
+        if BACKWARDS:
+            row = row0 + (chunks - 1 - t) * CHUNK
+        else:
+            row = row0 + t * CHUNK
         tma.async_copy_global_to_shared(k, [row, key_col], arrived, k_s.index(i))
-        if OUTPUT:
+        if with_q:
             tma.async_copy_global_to_shared(q, [row, key_col], arrived, q_s.index(i))
         tma.async_copy_global_to_shared(v, [row, value_col], arrived, v_s.index(i))
 
 
 @gluon.jit
 def auxiliary(
+    tiles, shared, vectors, barriers, strength, G, X, X_low, length, chunks, scale, whole,
+    STAGES: gl.constexpr, GATED: gl.constexpr, REST: gl.constexpr, OUTPUT: gl.constexpr, FIRST: gl.constexpr, K: gl.constexpr, VALUES: gl.constexpr,
+):  # fmt: skip
+    """prepare, with or without outputs: as the launch has it, or as this program does."""
+    if FIRST:
+        if any_of_warp(whole):
+            prepare(tiles, shared, vectors, barriers, strength, G, X, X_low, length, chunks, scale, STAGES, GATED, REST, True, K, VALUES)
+        else:
+            prepare(tiles, shared, vectors, barriers, strength, G, X, X_low, length, chunks, scale, STAGES, GATED, REST, False, K, VALUES)
+    else:
+        prepare(tiles, shared, vectors, barriers, strength, G, X, X_low, length, chunks, scale, STAGES, GATED, REST, OUTPUT, K, VALUES)
+
+
+@gluon.jit
+def prepare(
     tiles, shared, vectors, barriers, strength, G, X, X_low, length, chunks, scale,
     STAGES: gl.constexpr, GATED: gl.constexpr, REST: gl.constexpr, OUTPUT: gl.constexpr, K: gl.constexpr, VALUES: gl.constexpr,
+    BACKWARDS: gl.constexpr = False, LOW_ROW: gl.constexpr = 0,
 ):  # fmt: skip
-    """What of a chunk does not depend on the state: P = scale tril(Q K^T e^(G_i - G_j)), X, and beta and the decays as vectors."""
+    """What of a chunk does not depend on the state: P = scale tril(Q K^T e^(G_i - G_j)), X, and beta and the decays as vectors.
+
+    Backwards the last chunk comes first, `onward` is without beta, and X_low lies as 64 columns of rows of LOW_ROW (chunk_rest.py).
+    """
     q_s, k_s, v_s = tiles
     P_s, X_s, X_low_s = shared
     b_s, G_s, into_s, onward_s, last_s = vectors
@@ -71,19 +93,23 @@ def auxiliary(
     r = gl.arange(0, CHUNK, gl.SliceLayout(1, mma))
     c = gl.arange(0, CHUNK, gl.SliceLayout(0, mma))
 
-    gdc_wait()
     # what comes from memory without TMA is loaded a chunk ahead
-    x_next = gl.load(X + x_at, mask=x_in & (xr < length)[:, None], other=0.0)
-    b_next = gl.load(strength + t1, mask=t1 < length, other=0.0)
+    if BACKWARDS:
+        at = gl.maximum(chunks - 1, 0) * CHUNK
+        rows = length - at
+    else:
+        gdc_wait()
+        at = chunks * 0
+        rows = length
+    x_next = gl.load(X + at * 48 + x_at, mask=x_in & (xr < rows)[:, None], other=0.0)
+    b_next = gl.load(strength + at + t1, mask=t1 < rows, other=0.0)
     if GATED:
-        last_next = gl.load(G + gl.minimum(length, CHUNK) - 1)
-        G_next = gl.load(G + t1, mask=t1 < length, other=0.0)
+        last_next = gl.load(G + gl.minimum(length, at + CHUNK) - 1)
+        G_next = gl.load(G + at + t1, mask=t1 < rows, other=0.0)
 
     for t in range(chunks):
         i = t % STAGES
         j = t % 2
-        at = t * CHUNK
-        rows = length - at
         mbarrier.wait(loaded.index(i), (t // STAGES) & 1)
         if rows < CHUNK:
             clear(k_s.index(i), rows, K)
@@ -99,13 +125,19 @@ def auxiliary(
         b_s.index(j).store(b_next)
         if REST:
             if any_of_warp(gl.max(b_next, 0) > 1.0):
-                low = gl.load(X_low + at * 48 + x_at, mask=x_in & (xr < rows)[:, None], other=0.0)
+                if BACKWARDS:
+                    low = gl.load(X_low + (at + xr).to(gl.int64)[:, None] * LOW_ROW + xc[None, :], mask=(xr < rows)[:, None], other=0.0)
+                else:
+                    low = gl.load(X_low + at * 48 + x_at, mask=x_in & (xr < rows)[:, None], other=0.0)
                 X_low_s.index(j).store(low)
         if GATED:
             Gc = gl.where(t1 < rows, G_next, last_next)
             G_s.store(Gc)
             into_s.index(j).store(power_of_2(Gc))
-            onward_s.index(j).store(b_next * power_of_2(last_next - Gc))
+            if BACKWARDS:
+                onward_s.index(j).store(power_of_2(last_next - Gc))
+            else:
+                onward_s.index(j).store(b_next * power_of_2(last_next - Gc))
             last_s.index(j).store(power_of_2(gl.zeros_like(Gc) + last_next))
         if OUTPUT:
             P = warpgroup_mma_wait(0, deps=[P])
@@ -114,15 +146,18 @@ def auxiliary(
                 G_col = G_s.load(gl.SliceLayout(0, mma))
                 # the exponent is masked, not the power: above the diagonal it would overflow
                 P = P * scale * power_of_2(gl.where(r[:, None] >= c[None, :], G_row[:, None] - G_col[None, :], float("-inf")))
+                P_s.index(j).store(P.to(P_s.dtype))
             else:
-                P = gl.where(r[:, None] >= c[None, :], P * scale, 0.0)
-            P_s.index(j).store(P.to(P_s.dtype))
+                P_s.index(j).store(masked(r[:, None] >= c[None, :], P * scale, P_s.dtype))
         fence_async_shared()
         mbarrier.arrive(ready.index(j), count=1)
         mbarrier.arrive(freed.index(i), count=1)
 
-        at += CHUNK
-        rows -= CHUNK
+        if BACKWARDS:
+            at = gl.maximum(at - CHUNK, 0)
+        else:
+            at += CHUNK
+        rows = length - at
         x_next = gl.load(X + at * 48 + x_at, mask=x_in & (xr < rows)[:, None], other=0.0)
         b_next = gl.load(strength + at + t1, mask=t1 < rows, other=0.0)
         if GATED:
@@ -144,6 +179,26 @@ def store_tile(desc, tile, pointer, row, col, rows, stride, wide: gl.constexpr):
 
 @gluon.jit
 def state(
+    half: gl.constexpr, tiles, shared, vectors, barriers, staging, descs, pointers,
+    initial, identity, final, ends, row0, value_col, state_row, first_slot, no_slot, length, chunks, scale, whole,
+    STAGES: gl.constexpr, GATED: gl.constexpr, REST: gl.constexpr, INITIAL: gl.constexpr, OUTPUT: gl.constexpr, FIRST: gl.constexpr,
+    SAVE_E: gl.constexpr, SAVE_S: gl.constexpr, FINAL: gl.constexpr, K: gl.constexpr, V: gl.constexpr, HV: gl.constexpr,
+):  # fmt: skip
+    """follow, with or without outputs: as the launch has it, or as this program does."""
+    if FIRST:
+        if any_of_warp(whole):
+            follow(half, tiles, shared, vectors, barriers, staging, descs, pointers, initial, identity, final, ends, row0, value_col, state_row,
+                   first_slot, no_slot, length, chunks, scale, STAGES, GATED, REST, INITIAL, True, SAVE_E, SAVE_S, FINAL, K, V, HV)  # fmt: skip
+        else:
+            follow(half, tiles, shared, vectors, barriers, staging, descs, pointers, initial, identity, final, ends, row0, value_col, state_row,
+                   first_slot, no_slot, length, chunks, scale, STAGES, GATED, REST, False, False, False, False, FINAL, K, V, HV)  # fmt: skip
+    else:
+        follow(half, tiles, shared, vectors, barriers, staging, descs, pointers, initial, identity, final, ends, row0, value_col, state_row,
+               first_slot, no_slot, length, chunks, scale, STAGES, GATED, REST, INITIAL, OUTPUT, SAVE_E, SAVE_S, FINAL, K, V, HV)  # fmt: skip
+
+
+@gluon.jit
+def follow(
     half: gl.constexpr, tiles, shared, vectors, barriers, staging, descs, pointers,
     initial, identity, final, ends, row0, value_col, state_row, first_slot, no_slot, length, chunks, scale,
     STAGES: gl.constexpr, GATED: gl.constexpr, REST: gl.constexpr, INITIAL: gl.constexpr, OUTPUT: gl.constexpr,
@@ -260,11 +315,12 @@ def state(
             store_tile(o_desc, o_s.index(half), o, row0 + end, value_col, length - end, HV * V, wide)
     if FINAL:
         if ends:
-            gl.store(final + at_state, St)
+            e_row += chunks >> 30  # 0, but the compiler cannot know that: else 64 addresses wait for this in local memory
+            gl.store(final + d_col[None, :] * V + e_row[:, None], St)
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["T", "N", "steps", "tokens", "segment", "starts_used", "ends_used", "scale"])
+@gluon.jit(do_not_specialize=["T", "N", "steps", "tokens", "segment", "starts_used", "ends_used", "first_part", "scale"])
 def forward(
     q,  # descriptor of [tokens, H * K], blocks [64, K]
     k,  # the same
@@ -289,6 +345,7 @@ def forward(
     segment,  # tokens of a segment, a multiple of 64
     starts_used,  # whether what a sequence's first segment does to a state is asked for (1 or 0), unless OUTPUT
     ends_used,  # and its last
+    first_part,  # 1 where the launch before has run each sequence's first segment, OUTPUT only
     scale,
     H: gl.constexpr,
     HV: gl.constexpr,
@@ -302,6 +359,7 @@ def forward(
     REST: gl.constexpr,
     INITIAL: gl.constexpr,
     OUTPUT: gl.constexpr,  # else only what segments do to states: final from zero, and transition, whose columns follow those of V
+    FIRST: gl.constexpr,  # but outputs of a sequence's first segment, which starts from zero
     SAVE_E: gl.constexpr,
     SAVE_S: gl.constexpr,  # S out: the state at the start of each chunk but a sequence's first
     FINAL: gl.constexpr,  # 1: of every segment, 2: of every sequence, by its last segment
@@ -314,6 +372,7 @@ def forward(
     head = (gl.program_id(0) // TILES) % HV
     place = gl.program_id(0) // (TILES * HV)
     identity = place * 0 - K
+    whole = place * 0 + 1
     if not OUTPUT:
         if tile >= V // COLUMNS:
             tile -= V // COLUMNS
@@ -326,10 +385,16 @@ def forward(
         if not OUTPUT:
             # what nobody asks for: where a sequence's last segment leads; and what it, or the first, does to a state that is not there
             is_last = gl.cdiv(end - begin, CHUNK).to(gl.int32) - before <= segment // CHUNK
+            if FIRST:
+                whole = ((part == 0) & (identity < 0)).to(gl.int32)
+            else:
+                whole = place * 0
             if identity < 0:
                 chunks = gl.where(is_last, 0, chunks)
             else:
                 chunks = gl.where((is_last & (ends_used == 0)) | ((part == 0) & (starts_used == 0)), 0, chunks)
+        else:
+            chunks = gl.where(part < first_part, 0, chunks)
     else:
         sequence = place
         if PACKED:
@@ -362,7 +427,7 @@ def forward(
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     k_s = gl.allocate_shared_memory(dtype, [STAGES, CHUNK, K], swizzled)
     q_s = k_s
-    if OUTPUT:
+    if OUTPUT or FIRST:
         q_s = gl.allocate_shared_memory(dtype, [STAGES, CHUNK, K], swizzled)
     v_s = gl.allocate_shared_memory(dtype, [STAGES, CHUNK, COLUMNS], swizzled)
     P_s = gl.allocate_shared_memory(dtype, [2, CHUNK, CHUNK], swizzled)
@@ -413,13 +478,14 @@ def forward(
         gl.warp_specialize(
             [
                 (state, (0, tiles, shared, vectors, all_barriers, staging, descs, (o, E), initial, identity, final, ends, row0, value_col, state_row,
-                         first_slot, no_slot, length, chunks, scale, STAGES, GATED, REST, INITIAL, OUTPUT, SAVE_E, SAVE_S, FINAL, K, V, HV)),
-                (state, (1, tiles, shared, vectors, all_barriers, staging, descs, (o, E), initial + ROWS, identity + ROWS, final + ROWS, ends, row0,
-                         value_col + ROWS, state_row + ROWS, first_slot, no_slot, length, chunks, scale, STAGES, GATED, REST, INITIAL, OUTPUT,
+                         first_slot, no_slot, length, chunks, scale, whole, STAGES, GATED, REST, INITIAL, OUTPUT, FIRST,
                          SAVE_E, SAVE_S, FINAL, K, V, HV)),
+                (state, (1, tiles, shared, vectors, all_barriers, staging, descs, (o, E), initial + ROWS, identity + ROWS, final + ROWS, ends, row0,
+                         value_col + ROWS, state_row + ROWS, first_slot, no_slot, length, chunks, scale, whole, STAGES, GATED, REST, INITIAL, OUTPUT,
+                         FIRST, SAVE_E, SAVE_S, FINAL, K, V, HV)),
                 (auxiliary, (tiles, shared, aux_vectors, all_barriers, strength + along, G + along, X + along * 48, X_low + along * 48,
-                             length, chunks, scale, STAGES, GATED, REST, OUTPUT, K, COLUMNS)),
-                (loader, (q, k, v, tiles, (loaded, freed), row0, key_col, value_col, chunks, STAGES, OUTPUT)),
+                             length, chunks, scale, whole, STAGES, GATED, REST, OUTPUT, FIRST, K, COLUMNS)),
+                (loader, (q, k, v, tiles, (loaded, freed), row0, key_col, value_col, chunks, STAGES, whole)),
             ],
             [4, 4, 1],
             [STATE_REGISTERS, AUXILIARY_REGISTERS, 24],
@@ -428,10 +494,11 @@ def forward(
         gl.warp_specialize(
             [
                 (state, (0, tiles, shared, vectors, all_barriers, staging, descs, (o, E), initial, identity, final, ends, row0, value_col, state_row,
-                         first_slot, no_slot, length, chunks, scale, STAGES, GATED, REST, INITIAL, OUTPUT, SAVE_E, SAVE_S, FINAL, K, V, HV)),
+                         first_slot, no_slot, length, chunks, scale, whole, STAGES, GATED, REST, INITIAL, OUTPUT, FIRST,
+                         SAVE_E, SAVE_S, FINAL, K, V, HV)),
                 (auxiliary, (tiles, shared, aux_vectors, all_barriers, strength + along, G + along, X + along * 48, X_low + along * 48,
-                             length, chunks, scale, STAGES, GATED, REST, OUTPUT, K, COLUMNS)),
-                (loader, (q, k, v, tiles, (loaded, freed), row0, key_col, value_col, chunks, STAGES, OUTPUT)),
+                             length, chunks, scale, whole, STAGES, GATED, REST, OUTPUT, FIRST, K, COLUMNS)),
+                (loader, (q, k, v, tiles, (loaded, freed), row0, key_col, value_col, chunks, STAGES, whole)),
             ],
             [4, 1],
             [AUXILIARY_REGISTERS, 24],

@@ -82,3 +82,17 @@ def any_of_warp(flag):
 def power_of_2(x):
     """2^x in one instruction; what is below the least normal number is 0. gl.exp2 keeps it, at three more instructions."""
     return gl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def masked(keep, x, dtype: gl.constexpr):
+    """x where `keep`, else 0, rounded. Said to LLVM as it is, it selects halves of packed pairs, at three times the instructions."""
+    x = gl.where(keep, x, 0.0)
+    if dtype == gl.bfloat16:
+        return gl.inline_asm_elementwise(
+            "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,r,r", [x], dtype=gl.bfloat16, is_pure=True, pack=2
+        )
+    else:
+        return gl.inline_asm_elementwise(
+            "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,r,r", [x], dtype=gl.float16, is_pure=True, pack=2
+        )
