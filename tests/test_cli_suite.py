@@ -5,11 +5,12 @@ import re
 import time
 
 import pytest
+import torch
 from rich.console import Console
 
 from deltanet.cli import main
 from deltanet.cli.suite import TextWatcher
-from deltanet.training.suites import SUITES, Examined, Progress
+from deltanet.training.suites import SUITES, Examined, Progress, Trial
 
 TINY = [
     "--tasks", "12x2x16", "--widths", "16", "--epochs", "2", "--train-examples", "64", "--test-examples", "16",
@@ -44,6 +45,35 @@ def test_a_table_and_a_figure_and_nothing_twice(capsys, tmp_path):
     events = [json.loads(line) for line in said.splitlines()]
     assert [event["event"] for event in events] == ["begin", *["examined", "examined", "finished"] * 2, "end"]
     assert len(events[-1]["rows"]) == 2
+
+
+def test_a_cell_that_fails_is_told_at_the_end(capsys, tmp_path, monkeypatch):
+    begin = Trial.__init__
+
+    def fail(trial, cell, *args, **options):
+        if cell.model == "attention":
+            raise torch.OutOfMemoryError("out of memory\nTried to allocate 7 GiB")
+        begin(trial, cell, *args, **options)
+
+    monkeypatch.setattr(Trial, "__init__", fail)
+    out = tmp_path / "suite"
+    arguments = ["mqar", *TINY, "--models", "attention", "deltanet", "--learning-rates", "1e-2", "--out", out]
+    code, said, err = run(capsys, *arguments)
+    assert code == 1
+    named = "12x2x16 attention d16 lr 0.01 wd 0.1 seed 0"
+    assert f"\n{named}: failed, OutOfMemoryError: out of memory\n" in said
+    assert "| 12x2x16 | deltanet | 16 | " in said
+    assert err == (
+        f"deltanet: error: 1 of the cells failed; {out / 'metrics.jsonl'} says where, the same command tries them again:\n"
+        f"  {named}: OutOfMemoryError: out of memory\n"
+    )
+    assert "Tried to allocate 7 GiB" in (out / "metrics.jsonl").read_text()
+    code, said, err = run(capsys, *arguments, "--json")
+    assert [json.loads(line)["event"] for line in said.splitlines()] == ["begin", "failed", "end"]
+    assert (code, json.loads(said.splitlines()[-1])["status"]) == (1, "failed")
+    monkeypatch.setattr(Trial, "__init__", begin)
+    code, said, err = run(capsys, *arguments, "--quiet")
+    assert (code, said, err) == (0, "", "")
 
 
 def test_an_example_is_shown(capsys):

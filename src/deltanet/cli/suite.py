@@ -148,7 +148,14 @@ def run(args: list[str]) -> int:
     finally:
         watcher.close()
     report(suite, store, options, status)
-    return 130 if status == "interrupted" else 0
+    if watcher.failures:
+        told = "".join(f"\n  {failure}" for failure in watcher.failures)
+        print(
+            f"deltanet: error: {len(watcher.failures)} of the cells failed; {store.path / 'metrics.jsonl'} says where, "
+            f"the same command tries them again:{told}",
+            file=sys.stderr,
+        )
+    return {"interrupted": 130, "failed": 1}.get(status, 0)
 
 
 def part_of(cells: list[Cell], part: str | None) -> list[Cell]:
@@ -197,6 +204,7 @@ def report(suite: Suite, store: Store, options: SuiteOptions, status: str) -> No
             "time": "The time is over",
             "interrupted": "Interrupted",
             "elsewhere": "Other processes go on",
+            "failed": "",
         }
         if words[status]:
             print(f"{words[status]}; the same command goes on with what is left.")
@@ -234,6 +242,9 @@ def write_report(suite: Suite, store: Store) -> tuple[list[Row], list[Path]]:
 class Quiet:
     """Watches and says nothing: what the others have in common."""
 
+    def __init__(self) -> None:
+        self.failures: list[str] = []
+
     def begin(self, progress: Progress, kept: int) -> None: ...
 
     def tick(self, progress: Progress) -> None: ...
@@ -241,6 +252,9 @@ class Quiet:
     def examined(self, cell: Cell, found: Examined, progress: Progress) -> None: ...
 
     def finished(self, cell: Cell, outcome: dict[str, Any], progress: Progress) -> None: ...
+
+    def failed(self, cell: Cell, error: str, progress: Progress) -> None:
+        self.failures.append(f"{title(cell)}: {error}")
 
     def close(self) -> None:
         """Called once at the end, however it came."""
@@ -258,6 +272,10 @@ class JsonWatcher(Quiet):
     def finished(self, cell: Cell, outcome: dict[str, Any], progress: Progress) -> None:
         print(json.dumps({"event": "finished", "cell": cell.name, **outcome}), flush=True)
 
+    def failed(self, cell: Cell, error: str, progress: Progress) -> None:
+        super().failed(cell, error, progress)
+        print(json.dumps({"event": "failed", "cell": cell.name, "error": error}), flush=True)
+
 
 class TextWatcher(Quiet):
     """For people: a line for each cell that is done; meanwhile on a terminal one live line, in a pipe a plain line now and then."""
@@ -265,6 +283,7 @@ class TextWatcher(Quiet):
     EVERY = 10.0  # seconds between plain lines
 
     def __init__(self, console: Console, minutes: float | None) -> None:
+        super().__init__()
         self._console, self._minutes = console, minutes
         self._live: Live | None = None
         self._told = 0.0
@@ -301,6 +320,10 @@ class TextWatcher(Quiet):
         beside = "".join(f", {name} {100 * value:.1f}%" for name, value in outcome["scores"].items() if name != "test")
         text = f"{title(cell)}: {score:.1f}%{beside} after {epochs} epochs, {duration(outcome['seconds'])}{status}"
         self._console.print(Text(text, style="green" if not status else "yellow"))
+
+    def failed(self, cell: Cell, error: str, progress: Progress) -> None:
+        super().failed(cell, error, progress)
+        self._console.print(Text(f"{title(cell)}: failed, {error}", style="red"))
 
     def close(self) -> None:
         if self._live is not None:

@@ -18,6 +18,7 @@ class Watching:
         self.kept = -1
         self.evaluations: list[tuple[str, Examined]] = []
         self.outcomes: dict[str, dict[str, Any]] = {}
+        self.failures: dict[str, str] = {}
         self.progress: Progress | None = None
 
     def begin(self, progress: Progress, kept: int) -> None:
@@ -32,6 +33,9 @@ class Watching:
 
     def finished(self, cell: Cell, outcome: dict[str, Any], progress: Progress) -> None:
         self.outcomes[cell.name] = outcome
+
+    def failed(self, cell: Cell, error: str, progress: Progress) -> None:
+        self.failures[cell.name] = error
 
 
 def tiny(models=("deltanet",), rates=(1e-2,), **recipe: Any) -> list[Cell]:

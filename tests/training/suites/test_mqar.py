@@ -119,7 +119,7 @@ def test_two_layers_of_attention_set_by_hand_solve_it() -> None:
     tests = {"test": prepare(one.train, 200, seed=0, split="test", device=CPU)}
     trial = Trial(one, prepare(one.train, 128, seed=0, split="train", device=CPU), tests, device=CPU)
     solve_by_hand(trial.model, one.config)
-    assert trial._scores({"test": trial._predict(tests["test"])}) == {"test": 1.0}
+    assert trial._scores({"test": trial._predict("test")}) == {"test": 1.0}
     assert trial._loss(torch.arange(16)).item() < 0.05  # the targets of training stand where those of the test do
 
 

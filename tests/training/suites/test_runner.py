@@ -4,8 +4,9 @@ import json
 from dataclasses import replace
 
 import pytest
+import torch
 
-from deltanet.training.suites import SUITES, Store, rows_of
+from deltanet.training.suites import SUITES, Store, Trial, rows_of
 from deltanet.training.suites.tables import markdown
 
 from .conftest import Watching, tiny, train
@@ -73,6 +74,39 @@ def test_other_rates_are_left_out_once_one_has_solved_it(store: Store) -> None:
     assert len(store.outcomes()) == 2
 
 
+def test_a_cell_that_fails_is_told_and_the_others_go_on(store: Store) -> None:
+    cells = tiny(rates=(1e-2, 1e-3, 1e-4))
+    wrong = replace(cells[0].train, vocab_size=32)  # type: ignore[type-var]
+    early = replace(cells[0], tests={"test": replace(cells[0].tests["test"], examples=0)})
+    late = replace(cells[1], tests={"test": replace(cells[1].tests["test"], task=wrong)})  # ids that the model does not have
+    watcher = Watching()
+    assert train([early, late, cells[2]], store, watcher, together=2) == "failed"
+    assert watcher.failures[early.name] == "ValueError: count must be at least 1 and start at least 0, got 0 and 0"
+    assert watcher.failures[late.name].startswith("IndexError: index out of range")
+    assert list(watcher.outcomes) == [cells[2].name]
+    assert watcher.progress is not None
+    assert (watcher.progress.done, watcher.progress.failed) == (1, 2)
+    assert watcher.progress.work == watcher.progress.work_done == cells[2].work
+    told = [json.loads(line) for line in (store.path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["cell"] for line in told if "Traceback" in line.get("error", "")] == [early.name, late.name]
+    again = Watching()
+    assert train(cells, store, again) == "finished"  # what failed is tried again
+    assert (again.kept, len(again.outcomes)) == (1, 2)
+
+
+def test_a_lost_device_ends_the_run(store: Store, monkeypatch) -> None:
+    """After an error of the device itself no later cell could run there."""
+
+    def lose(trial: Trial, count: int) -> None:
+        raise torch.AcceleratorError("the device is lost")
+
+    monkeypatch.setattr(Trial, "_steps", lose)
+    watcher = Watching()
+    with pytest.raises(torch.AcceleratorError, match="the device is lost"):
+        train(tiny(rates=(1e-2, 1e-3)), store, watcher)
+    assert not watcher.failures
+
+
 def test_a_cell_that_another_process_has_is_left_to_it(store: Store) -> None:
     cells = tiny(rates=(1e-2, 1e-3))
     claim = store.claim(cells[0])
@@ -94,6 +128,21 @@ def test_altered_settings_are_refused_by_name(store: Store) -> None:
     changed = replace(cell, config=replace(cell.config, mixer=replace(cell.config.mixer, heads=4)))
     with pytest.raises(ValueError, match=r"config.mixer.heads = 4 as asked for now, got 2"):
         train([changed], store)
+
+
+def test_a_cell_from_before_a_setting_was_there_has_its_default(store: Store) -> None:
+    (cell,) = tiny()
+    train([cell], store)
+    (path,) = store.cells.glob("*.json")
+    outcome = json.loads(path.read_bytes())
+    assert outcome["cell"]["config"].pop("init") == "scaled"
+    assert outcome["cell"]["recipe"].pop("patience") is None
+    path.write_text(json.dumps(outcome))
+    watcher = Watching()
+    assert train([cell], store, watcher) == "finished"
+    assert watcher.kept == 1
+    with pytest.raises(ValueError, match=r"config\.init = 'mad' as asked for now, got 'scaled'"):
+        train([replace(cell, config=replace(cell.config, init="mad"))], store)
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"cell": {}}', '{"cell": {}, "status": "finished", "scores": 3, "epochs": 1}'])

@@ -1,5 +1,6 @@
 """A cell's training: which places it learns, by which rates, and that the same cell gives the same bits."""
 
+import itertools
 from dataclasses import replace
 from functools import cache
 
@@ -69,7 +70,7 @@ def test_targets_everywhere_are_learned_everywhere() -> None:
 def test_predictions_stand_where_they_are_asked() -> None:
     one = trial(tiny()[0])
     prepared = one.tests["test"]
-    found = one._predict(prepared)
+    found = one._predict("test")
     assert isinstance(prepared.examples, Examples)
     asked = prepared.examples.targets != IGNORED
     expected = one.model(prepared.inputs).argmax(-1)
@@ -175,6 +176,46 @@ def test_mads_decoder_reads_one_position_and_answers_for_all() -> None:
     assert read == [(2, 128)]
 
 
+def mad_model(task: str, model: str) -> SuiteModel:
+    grid = replace(SUITES["mad"].grid(quick=False), tasks=(task,), models=(model,))
+    one = SuiteModel(SUITES["mad"].cells(grid, "float32")[0].config)
+    one.init_weights(torch.Generator().manual_seed(0))
+    return one
+
+
+def test_mads_matrices_begin_as_in_its_harness() -> None:
+    """mad-lab's: N(0, 0.02) in the autoencoder; else embeddings N(0, 0.02), nn.Linear's own, and fla's layers Xavier-uniform with gain 2^-2.5."""
+
+    def largest(module: torch.nn.Module) -> list[float]:
+        return [m.weight.detach().abs().max().item() for m in module.modules() if isinstance(m, torch.nn.Linear)]
+
+    own, wide = 128**-0.5, 352**-0.5  # nn.Linear's limit, by the width that it reads
+    xavier = [2**-2.5 * (6 / (128 + out)) ** 0.5 for out in (128, 1)]
+    model = mad_model("in_context_recall.baseline", "deltanet")
+    block = model.layers[1]
+    assert sorted(largest(block.mixer)) == pytest.approx([xavier[0]] * 4 + [xavier[1]], rel=0.05)
+    assert largest(block.feed_forward) == pytest.approx([own, own, wide], rel=1e-2)
+    assert largest(model.lm_head) == pytest.approx([own], rel=1e-2)
+    assert model.lm_head.bias is not None
+    assert not model.lm_head.bias.any()
+    assert model.embeddings.weight.std().item() == pytest.approx(0.02, rel=0.1)
+    assert largest(mad_model("in_context_recall.baseline", "attention").layers[0].mixer)[0] == pytest.approx(own, rel=1e-2)
+    for module in mad_model("compression.baseline", "deltanet").modules():
+        if isinstance(module, torch.nn.Linear) and module.weight.numel() > 1000:
+            assert module.weight.std().item() == pytest.approx(0.02, rel=0.05)
+    steps = mad_model("in_context_recall.baseline", "mamba").layers[0].mixer.dt_proj.weight  # has a beginning of its own
+    assert steps.abs().max().item() == pytest.approx(steps.shape[1] ** -0.5, rel=0.05)
+
+
+def test_the_head_has_a_bias_where_it_is_asked_for() -> None:
+    model = mad_model("memorization.baseline", "deltanet")
+    tokens = torch.randint(0, 256, (2, 8), generator=torch.Generator().manual_seed(0))
+    before = model(tokens)
+    with torch.no_grad():
+        model.lm_head.bias[7] = 3.0
+    assert relative_error(model(tokens)[..., 7], before[..., 7] + 3.0) < 1e-6
+
+
 GPU_MODELS = ["deltanet", "deltanet-noconv", "attention", "gla", "mamba", "gated-deltanet", "deltaproduct"]
 
 
@@ -214,6 +255,21 @@ def test_compiled_blocks_have_the_same_gradient_and_learn_as_well(model: str) ->
         one.close()
     assert relative_error(gradients[1], gradients[0]) < 3e-2
     assert losses[1] == pytest.approx(losses[0], rel=0.05)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("model", ["deltanet", "attention"])
+def test_an_evaluation_is_replayed_with_the_weights_of_the_moment(model: str) -> None:
+    cell = on_a_gpu(model)
+    one = trial(replace(cell, recipe=replace(cell.recipe, epochs=4)), torch.device("cuda"), True)
+    seen = []
+    for _ in filter(None, one.run()):  # after the second evaluation there is a graph of it
+        found, expected = one._predict("test").clone(), one._predict_now(one.tests["test"])
+        assert torch.equal(found, expected)
+        seen.append(found)
+    assert set(one.evaluations) == {"test"}
+    assert any(not torch.equal(a, b) for a, b in itertools.pairwise(seen))
+    one.close()
 
 
 @pytest.mark.gpu

@@ -1,10 +1,11 @@
 """MAD: six tasks, a baseline and changes of one setting at a time, 66 configurations (Poli et al. 2024, arXiv 2403.17844, athms/mad-lab).
 
-The model is mixer, SwiGLU, mixer, SwiGLU at width 128 with RMSNorm before each, no positions, untied head; compression has the
-autoencoder. As there, SwiGLU is 352 wide and attention has 16 heads; DeltaNet has two, the paper not saying how many. Each configuration
-takes the best of three learning rates times two weight decays; a task's score is the mean over its configurations, and the last column
-the mean of the six. A training is done at 99.9% on the test examples, and its score is that of its best epoch: mad-lab's trainer measures
-the checkpoint of lowest test perplexity, for which the highest accuracy stands here.
+The model is mixer, SwiGLU, mixer, SwiGLU at width 128 with RMSNorm before each, no positions, untied head with a bias; compression has the
+autoencoder. As there, SwiGLU is 352 wide, attention has 16 heads, and matrices begin as mad-lab and fla's layers of 2024 leave them. The paper does
+not say how many heads DeltaNet has: here one, as mad-lab's configuration of GLA, by the same authors. Each configuration takes the best of three
+learning rates times two weight decays; a task's score is the mean over its configurations, and the last column the mean of the six. A training is
+done at 99.9% on the test examples, and its score is that of its best epoch: mad-lab's trainer measures the checkpoint of lowest test perplexity, for
+which the highest accuracy stands here.
 """
 
 from collections.abc import Sequence
@@ -53,7 +54,7 @@ class MADSuite(Suite):
 
     def cell(self, grid: Grid, task: str, model: str, width: int, rate: float, decay: float, seed: int) -> Cell:
         one = TASKS[task]
-        heads = grid.heads or (16 if model == "attention" else 2)
+        heads = grid.heads or (16 if model == "attention" else 1)
         recipe = Recipe(
             train_examples=one.train_examples, batch_size=128, epochs=200, final_rate=1e-6, stop_above=0.999,
             evaluate_every=-(-BETWEEN * 128 // one.train_examples),
@@ -65,6 +66,7 @@ class MADSuite(Suite):
             config=SuiteModelConfig(
                 vocab_size=one.task.vocab_size, d_model=width, depth=grid.depth or 2, mixer=mixer(model, heads),
                 feed_forward="swiglu", feed_forward_width=16 * -(-(8 * width // 3) // 16), decoder=one.task.reads == "last",
+                head_bias=True, init="mad",
             ),
             recipe=with_overrides(recipe, grid),
         )  # fmt: skip

@@ -23,6 +23,8 @@ __all__ = ["Kept", "SuiteModel", "SuiteModelConfig"]
 
 NORMS = ("layer", "rms")
 FEED_FORWARDS = ("none", "identity", "swiglu", "gelu")
+INITS = ("scaled", "mad")
+FLA = ("delta", "gated_delta", "delta_product", "gla", "retnet")  # kinds of mixers that are fla's in MAD's harness
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +47,8 @@ class SuiteModelConfig:
     """Its hidden width; 8/3 (swiglu) or 4 (gelu) times d_model if not given."""
     tie_embeddings: bool = False
     """Whether the head uses the embedding matrix."""
+    head_bias: bool = False
+    """Whether the head has a bias."""
     dropout: float = 0.0
     """Share of the embeddings' numbers that are zero in a training step."""
     attention_dropout: float = 0.0
@@ -53,14 +57,16 @@ class SuiteModelConfig:
     """Longest sequence for which positions are learned; 0: none are."""
     decoder: bool = False
     """Whether all tokens are read from the last position alone (MAD's compression)."""
+    init: str = "scaled"
+    """How matrices begin: scaled (normal, those that write to the residual stream smaller by 1/sqrt(2 * depth)) or mad (as mad-lab's)."""
     init_std: float = 0.02
-    """Standard deviation of the initial matrices."""
+    """Standard deviation of the initial matrices; in mad, of the embeddings."""
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "d_model", "depth"):
             if not 1 <= getattr(self, name) <= 2**24:
                 raise ValueError(f"{name} must be between 1 and 2^24, got {getattr(self, name)}")
-        for name, known in {"norm": NORMS, "feed_forward": FEED_FORWARDS}.items():
+        for name, known in {"norm": NORMS, "feed_forward": FEED_FORWARDS, "init": INITS}.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
         for name in ("dropout", "attention_dropout"):
@@ -154,9 +160,9 @@ class _Decoder(nn.Module):
 
 
 def _waves(tokens: int, width: int, device: torch.device) -> Tensor:
-    """`[T, width]`: sines of the place at wavelengths from 2 pi to 10000 * 2 pi, then their cosines (Vaswani et al. 2017)."""
+    """`[T, width]`: sines of the place at wavelengths from 2 pi to 10000 * 2 pi, both included, then their cosines (as mad-lab's)."""
     half = -(-width // 2)
-    rates = 10000.0 ** -(torch.arange(half, device=device) / half)
+    rates = 10000.0 ** -(torch.arange(half, device=device) / max(half - 1, 1))
     angles = torch.arange(tokens, device=device)[:, None] * rates
     return torch.cat([angles.sin(), angles.cos()], -1)[:, :width]
 
@@ -174,13 +180,35 @@ class SuiteModel(nn.Module):
         if config.decoder:
             self.decoder = _Decoder(config)
         self.norm = _norm(config)
-        self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=config.head_bias)
         if config.tie_embeddings:
             self.lm_head.weight = self.embeddings.weight
 
     def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """As a language model's: matrices N(0, init_std), those that write to the residual stream scaled by 1/sqrt(2 * depth)."""
+        """As a language model's: matrices N(0, init_std), those that write to the residual stream scaled by 1/sqrt(2 * depth).
+
+        With `init="mad"` as athms/mad-lab and the layers of fla in its time (2024) leave theirs: in mixers of fla's kind Xavier-uniform with gain
+        2^-2.5, elsewhere as nn.Linear begins, in the autoencoder N(0, init_std).
+        """
         init_weights(self, std=self.config.init_std, depth=self.config.depth, generator=generator)
+        if self.config.init == "mad":
+            self._init_as_mad(generator)
+
+    @torch.no_grad()
+    def _init_as_mad(self, generator: torch.Generator | None) -> None:
+        for name, module in self.named_modules():
+            if not isinstance(module, nn.Linear):
+                continue
+            if self.config.decoder:
+                module.weight.normal_(std=self.config.init_std, generator=generator)
+            elif ".mixer." in name and self.config.mixer.kind in FLA:
+                nn.init.xavier_uniform_(module.weight, gain=2**-2.5, generator=generator)
+            else:
+                limit = module.in_features**-0.5
+                module.weight.uniform_(-limit, limit, generator=generator)
+        for module in self.modules():
+            if isinstance(module, Mixer):
+                module.reset_parameters(generator)  # what it begins otherwise
 
     def kept(self, tokens: Tensor, generator: torch.Generator) -> Kept | None:
         """What a training step keeps of its embeddings and of attention's weights; None for all."""
@@ -223,7 +251,7 @@ class SuiteModel(nn.Module):
             x = self.decoder(x[:, -1], x.shape[1])
         if places is not None:
             x = x.gather(1, places[..., None].expand(-1, -1, x.shape[-1]))
-        return F.linear(_narrow(self.norm(x)), self.lm_head.weight)
+        return F.linear(_narrow(self.norm(x)), self.lm_head.weight, self.lm_head.bias)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits `[B, T, vocab_size]`."""

@@ -1,6 +1,7 @@
 """Works through the cells of a grid, several side by side where the device has room, and writes each down when it is done."""
 
 import time
+import traceback
 from collections import OrderedDict, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -27,6 +28,7 @@ class Progress:
     done: int = 0
     left_out: int = 0  # because their entry was solved by another rate
     elsewhere: int = 0  # trained by another process
+    failed: int = 0  # raised an error
     work: float = 0.0
     work_done: float = 0.0
     began: float = field(default_factory=time.monotonic)
@@ -59,6 +61,9 @@ class Watcher(Protocol):
 
     def finished(self, cell: Cell, outcome: dict[str, Any], progress: Progress) -> None:
         """After a cell was written down."""
+
+    def failed(self, cell: Cell, error: str, progress: Progress) -> None:
+        """After a cell raised an error, told in one line; metrics.jsonl has all of it."""
 
 
 @dataclass(eq=False)
@@ -100,7 +105,7 @@ def run_cells(
     environment: dict[str, Any],
     watcher: Watcher,
 ) -> str:
-    """Trains the cells that are not done yet, in their order, `together` at a time.
+    """Trains the cells that are not done yet, in their order, `together` at a time. One that raises an error is left, and the others go on.
 
     Args:
         minutes: stop after so long; cells under way are then written down as stopped, and begun anew by the next call.
@@ -108,7 +113,8 @@ def run_cells(
         compile: whether the models' small operations are fused first, see `Trial`.
         environment: what is written down beside every outcome.
 
-    Returns "finished"; "time" or "interrupted" where cells are left, "elsewhere" where other processes are at the last of them.
+    Returns "finished"; "time" or "interrupted" where cells are left, "elsewhere" where other processes are at the last of them; "failed" where
+    one raised an error, unless interrupted. An error of the device itself (torch.AcceleratorError) ends the run, for nothing works there after it.
     """
     outcomes = {cell: store.read(cell) for cell in cells}
     solved = {cell.entry for cell, outcome in outcomes.items() if outcome and _solves(cell, outcome)}
@@ -116,6 +122,16 @@ def run_cells(
     progress = Progress(cells=len(waiting), work=sum(cell.work for cell in waiting))
     watcher.begin(progress, len(cells) - len(waiting))
     sets, slots, ending = Sets(device), list[_Slot](), "finished"
+
+    def fail(cell: Cell, error: Exception, counted: float) -> None:
+        if isinstance(error, torch.AcceleratorError):
+            raise error
+        progress.failed += 1
+        progress.work -= cell.work
+        progress.work_done -= counted
+        store.note({"cell": cell.name, "error": "".join(traceback.format_exception(error))})
+        watcher.failed(cell, f"{type(error).__name__}: {str(error).partition(chr(10))[0]}", progress)
+
     with Interrupts() as interrupts:
         while (waiting or slots) and ending == "finished":
             while waiting and len(slots) < together:
@@ -123,13 +139,26 @@ def run_cells(
                 if until_solved and cell.entry in solved:
                     progress.left_out += 1
                     progress.work -= cell.work
-                elif (slot := _begin(cell, store, sets, device, backend, compile)) is None:
+                    continue
+                try:
+                    slot = _begin(cell, store, sets, device, backend, compile)
+                except Exception as error:
+                    fail(cell, error, 0.0)
+                    continue
+                if slot is None:
                     progress.elsewhere += 1
                     progress.work -= cell.work
                 else:
                     slots.append(slot)
             for slot in list(slots):
-                found = next(slot.run, slot)
+                try:
+                    found = next(slot.run, slot)
+                except Exception as error:
+                    slots.remove(slot)
+                    fail(slot.cell, error, slot.counted)
+                    slot.trial.close()
+                    slot.claim.release()
+                    continue
                 _count(slot, progress)
                 if found is slot:
                     slots.remove(slot)
@@ -161,6 +190,8 @@ def run_cells(
         else:
             slot.trial.close()
             slot.claim.release()
+    if progress.failed and ending != "interrupted":
+        return "failed"
     if not (waiting or slots):
         return "elsewhere" if progress.elsewhere else "finished"
     return ending
@@ -175,9 +206,13 @@ def _begin(cell: Cell, store: Store, sets: Sets, device: torch.device, backend: 
     if outcome is not None and outcome["status"] != "stopped":
         claim.release()
         return None
-    train = sets.get(cell.train, cell.recipe.train_examples, cell.seed, "train")
-    tests = {name: sets.get(test.task, test.examples, cell.seed, test.split) for name, test in cell.tests.items()}
-    trial = Trial(cell, train, tests, device=device, backend=backend, compile=compile)
+    try:
+        train = sets.get(cell.train, cell.recipe.train_examples, cell.seed, "train")
+        tests = {name: sets.get(test.task, test.examples, cell.seed, test.split) for name, test in cell.tests.items()}
+        trial = Trial(cell, train, tests, device=device, backend=backend, compile=compile)
+    except BaseException:
+        claim.release()
+        raise
     return _Slot(cell, trial, trial.run(), claim)
 
 

@@ -11,11 +11,13 @@ Several processes may share a folder: a cell is trained by whoever has its lock.
 import fcntl
 import json
 from collections.abc import Iterator
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import IO, Any
 
 from deltanet.training.run_folder import replace_text
-from deltanet.training.suites.cell import Cell
+from deltanet.training.suites.cell import Cell, Recipe
+from deltanet.training.suites.model import SuiteModelConfig
 
 __all__ = ["Claim", "Store"]
 
@@ -126,6 +128,10 @@ def _outcome(path: Path) -> dict[str, Any]:
     for name, kind in {"cell": dict, "status": str, "scores": dict, "best": dict, "epochs": int}.items():
         if not isinstance(found.get(name), kind):
             raise ValueError(f"'{path}' must be the outcome of a cell, got no {name}: put it back, or remove it")
+    for name, kind in {"config": SuiteModelConfig, "recipe": Recipe}.items():  # before a field was there, it was at its default
+        if isinstance(known := found["cell"].get(name), dict):
+            defaults = {one.name: one.default for one in fields(kind) if one.default is not MISSING}
+            found["cell"][name] = {**defaults, **known}
     return found
 
 

@@ -111,6 +111,8 @@ def _reduced(suite: "Suite", outcomes: Sequence[dict[str, Any]], chosen: Sequenc
     ):
         if mine != yours:
             notes.append(f"{mine} {what}, not {yours}")
+    if ours["init"] != theirs["init"]:
+        notes.append("another beginning of the matrices")
     if any(outcome["status"] == "stopped" for outcome in chosen):
         notes.append(f"stopped after epoch {chosen[0]['epochs']}")
     return ", ".join(notes)
