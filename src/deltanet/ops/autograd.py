@@ -4,25 +4,38 @@
 - as a plain autograd.Function for eager calls, because a registered operator costs 0.2 to 0.3 ms a call on the host.
 
 The backend is chosen inside, out of the compiler's sight, and the same choice is made again for the backward.
-Outputs that a call does not have are empty tensors here (a registered operator cannot return None); `run` turns them back.
+A registered operator cannot return None: outputs that a call does not have are empty tensors there, which `run` turns back.
 """
-
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from deltanet.ops.backends import choose, describe, family
+from deltanet.ops.backends import family_of
 from deltanet.ops.segments import check_boundaries
 from deltanet.reference.recurrent import work_dtype
 
 __all__ = ["run", "step"]
 
 
-def _family(
-    q: Tensor, v: Tensor, g: Tensor | None, cu_seqlens: Tensor | None, algorithm: str, backend: str
-) -> ModuleType:
-    return family(choose(describe(q, v, g, cu_seqlens, algorithm), backend))
+def _compute(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    g: Tensor | None,
+    scale: float,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    output_final_state: bool,
+    save: str,
+    algorithm: str,
+    backend: str,
+) -> tuple[Tensor, Tensor | None, list[Tensor]]:
+    if cu_seqlens is not None:
+        check_boundaries(cu_seqlens, q.shape[1])
+    chosen = family_of(q, v, g, cu_seqlens, algorithm, backend)
+    forward = chosen.chunk_forward if algorithm == "chunk" else chosen.recurrent_forward
+    return forward(q, k, v, beta, g, scale, initial_state, cu_seqlens, output_final_state=output_final_state, save=save)
 
 
 def _forward(
@@ -39,11 +52,8 @@ def _forward(
     algorithm: str,
     backend: str,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    if cu_seqlens is not None:
-        check_boundaries(cu_seqlens, q.shape[1])
-    forward = getattr(_family(q, v, g, cu_seqlens, algorithm, backend), f"{algorithm}_forward")
-    o, state, saved = forward(
-        q, k, v, beta, g, scale, initial_state, cu_seqlens, output_final_state=output_final_state, save=save
+    o, state, saved = _compute(
+        q, k, v, beta, g, scale, initial_state, cu_seqlens, output_final_state, save, algorithm, backend
     )
     return o, q.new_empty(0) if state is None else state, saved
 
@@ -57,7 +67,7 @@ def _(q, k, v, beta, g, scale, initial_state, cu_seqlens, output_final_state, sa
     state = (sequences, v.shape[2], q.shape[3], v.shape[3])
     o = torch.empty_like(v, memory_format=torch.contiguous_format)
     final = q.new_empty(state, dtype=work_dtype(q.dtype)) if output_final_state else q.new_empty(0)
-    chosen = _family(q, v, g, cu_seqlens, algorithm, backend)
+    chosen = family_of(q, v, g, cu_seqlens, algorithm, backend)
     return o, final, chosen.saved(q, v, g, cu_seqlens, algorithm=algorithm, save=save)
 
 
@@ -71,7 +81,7 @@ def _step(
     state: Tensor,
     backend: str,
 ) -> Tensor:
-    return _family(q, v, g, None, "recurrent", backend).decode_step(q, k, v, beta, g, scale, state, inplace=True)[0]
+    return family_of(q, v, g, None, "recurrent", backend).decode_step(q, k, v, beta, g, scale, state, inplace=True)[0]
 
 
 _decode_step = torch.library.custom_op("deltanet::decode_step", _step, mutates_args=("state",))
@@ -80,6 +90,26 @@ _decode_step = torch.library.custom_op("deltanet::decode_step", _step, mutates_a
 @_decode_step.register_fake
 def _(q, k, v, beta, g, scale, state, backend):
     return torch.empty_like(v, memory_format=torch.contiguous_format)
+
+
+def _compute_gradients(
+    do: Tensor,
+    dfinal_state: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    g: Tensor | None,
+    scale: float,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    saved: list[Tensor],
+    algorithm: str,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    chosen = family_of(q, v, g, cu_seqlens, algorithm, backend)
+    backward = chosen.chunk_backward if algorithm == "chunk" else chosen.recurrent_backward
+    return backward(do, dfinal_state, q, k, v, beta, g, scale, initial_state, cu_seqlens, saved)
 
 
 def _gradients(
@@ -97,10 +127,11 @@ def _gradients(
     algorithm: str,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    backward = getattr(_family(q, v, g, cu_seqlens, algorithm, backend), f"{algorithm}_backward")
-    *grads, dg, dstate = backward(do, dfinal_state, q, k, v, beta, g, scale, initial_state, cu_seqlens, saved)
+    dq, dk, dv, dbeta, dg, dstate = _compute_gradients(
+        do, dfinal_state, q, k, v, beta, g, scale, initial_state, cu_seqlens, saved, algorithm, backend
+    )
     empty = q.new_empty(0)
-    return *grads, empty if dg is None else dg, empty.clone() if dstate is None else dstate
+    return dq, dk, dv, dbeta, empty if dg is None else dg, empty.clone() if dstate is None else dstate
 
 
 _delta_rule_backward = torch.library.custom_op("deltanet::delta_rule_backward", _gradients, mutates_args=())
@@ -124,7 +155,7 @@ def _backward(ctx, do, dfinal_state, _dsaved):
     q, k, v, beta, g, initial_state, cu_seqlens, *saved = ctx.saved_tensors
     do = torch.zeros_like(v) if do is None else do
     dfinal_state = dfinal_state if ctx.has_state else None
-    gradients = _gradients if plain(do) else _delta_rule_backward
+    gradients = _compute_gradients if plain(do) else _delta_rule_backward
     dq, dk, dv, dbeta, dg, dstate = gradients(
         do, dfinal_state, q, k, v, beta, g, ctx.scale, initial_state, cu_seqlens, saved, ctx.algorithm, ctx.backend
     )
@@ -138,7 +169,7 @@ _delta_rule.register_autograd(_backward, setup_context=_setup_context)
 class _Eager(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *inputs):
-        output = _forward(*inputs)
+        output = _compute(*inputs)
         _setup_context(ctx, inputs, output)
         return output[0], output[1]
 
@@ -146,6 +177,10 @@ class _Eager(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, do, dfinal_state):
         return _backward(ctx, do, dfinal_state, None)
+
+
+# what Function.apply comes to where no transform of torch.func is active, which `plain` has seen; its preparations for those take 10 us
+_apply = super(torch.autograd.Function, _Eager).apply
 
 
 def plain(x: Tensor) -> bool:
@@ -175,17 +210,20 @@ def run(
     backend: str,
 ) -> tuple[Tensor, Tensor | None]:
     """Run a checked call; BackendError when `backend` cannot."""
-    inputs = (q, k, v, beta, g, initial_state)
-    needed = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+    needed = torch.is_grad_enabled() and (
+        q.requires_grad
+        or k.requires_grad
+        or v.requires_grad
+        or beta.requires_grad
+        or (g is not None and g.requires_grad)
+        or (initial_state is not None and initial_state.requires_grad)
+    )
     save = memory if needed else "nothing"
     call = (q, k, v, beta, g, scale, initial_state, cu_seqlens, output_final_state, save, algorithm, backend)
     if not plain(q):
         o, state, _ = _delta_rule(*call)
-    elif needed:
-        o, state = _Eager.apply(*call)
-    else:
-        o, state, _ = _forward(*call)
-    return o, state if output_final_state else None
+        return o, state if output_final_state else None
+    return _apply(*call) if needed else _compute(*call)[:2]
 
 
 def step(

@@ -6,7 +6,7 @@ On CUDA `auto` never falls back to the reference in silence: it would be hundred
 import difflib
 import importlib
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from types import ModuleType
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 from deltanet import reference
 from deltanet.kernels.launch import Problem
 
-__all__ = ["BackendError", "Explanation", "choose", "describe", "explain", "family", "nearest"]
+__all__ = ["BackendError", "Explanation", "choose", "describe", "explain", "family", "family_of", "nearest"]
 
 FAMILIES = ("hopper", "triton", "reference")  # in the order in which `auto` asks them on a GPU; the reference runs anywhere and comes last
 NAMES = ("auto", *FAMILIES)  # what `backend` may say
@@ -58,22 +58,41 @@ def _capability(device: torch.device) -> tuple[int, int] | None:
 
 def describe(q: Tensor, v: Tensor, g: Tensor | None, cu_seqlens: Tensor | None, algorithm: str) -> Problem:
     """The call in the terms that families decide by."""
-    batch, tokens, heads, key_dim = q.shape
+    return _problem(q.shape, q.dtype, q.device, v.shape, g is not None, None if cu_seqlens is None else cu_seqlens.shape[0] - 1, algorithm)
+
+
+def _problem(
+    keys: torch.Size, dtype: torch.dtype, device: torch.device, values: torch.Size, gated: bool, packed: int | None, algorithm: str
+) -> Problem:
+    batch, tokens, heads, key_dim = keys
     return Problem(
         algorithm=algorithm,
-        device=q.device.type,
-        capability=_capability(q.device),
-        dtype=str(q.dtype).removeprefix("torch."),
+        device=device.type,
+        capability=_capability(device),
+        dtype=str(dtype).removeprefix("torch."),
         batch=batch,
         tokens=tokens,
         heads=heads,
-        value_heads=v.shape[2],
+        value_heads=values[2],
         key_dim=key_dim,
-        value_dim=v.shape[3],
-        sequences=batch if cu_seqlens is None else cu_seqlens.shape[0] - 1,
-        gated=g is not None,
-        packed=cu_seqlens is not None,
+        value_dim=values[3],
+        sequences=batch if packed is None else packed,
+        gated=gated,
+        packed=packed is not None,
     )
+
+
+def family_of(q: Tensor, v: Tensor, g: Tensor | None, cu_seqlens: Tensor | None, algorithm: str, backend: str) -> ModuleType:
+    """The family that runs a call; BackendError when none does, or when `backend` names one that cannot."""
+    packed = None if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    # on a GPU each kind of call is decided once; elsewhere Triton's interpreter may be turned on and off, and sizes may be symbols
+    decide = _decide if q.is_cuda and type(q) is Tensor else _decide.__wrapped__
+    return decide(q.shape, q.dtype, q.device, v.shape, g is not None, packed, algorithm, backend)
+
+
+@lru_cache(1024)
+def _decide(keys, dtype, device, values, gated, packed, algorithm, backend) -> ModuleType:
+    return family(choose(_problem(keys, dtype, device, values, gated, packed, algorithm), backend))
 
 
 def _refusal(name: str, problem: Problem) -> str | None:

@@ -5,6 +5,8 @@
 Everything a caller can get wrong is refused here, before compute; see docs/conventions.md for the legend and docs/math.md for the algebra.
 """
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -242,18 +244,35 @@ def _check(
     cu_seqlens: Tensor | None,
     state_name: str = "initial_state",
 ) -> None:
-    """Everything that shapes, dtypes and devices can tell, in the order in which a caller would fix it."""
-    if q.ndim != 4:
-        raise ValueError(f"q must be [B, T, H, K], got {q.ndim} dimensions: {list(q.shape)}")
-    if v.ndim != 4:
-        raise ValueError(f"v must be [B, T, HV, V], got {v.ndim} dimensions: {list(v.shape)}")
-    B, T, H, K = q.shape
-    HV, V = v.shape[2:]
+    """Everything that shapes, dtypes and devices can tell, in the order in which a caller would fix it; each kind of call once."""
+    forms = (_form(q), _form(k), _form(v), _form(beta), _form(g), _form(initial_state), _form(cu_seqlens))
+    # sizes that are symbols have no hash, and a compiler does not see what is remembered
+    (_check_forms if autograd.plain(q) else _check_forms.__wrapped__)(*forms, state_name)
+
+
+Form = tuple[torch.Size, torch.dtype, torch.device]
+
+
+def _form(x: Tensor | None) -> Form | None:
+    return None if x is None else (x.shape, x.dtype, x.device)
+
+
+@lru_cache(1024)
+def _check_forms(
+    q: Form, k: Form, v: Form, beta: Form, g: Form | None, initial_state: Form | None, cu_seqlens: Form | None, state_name: str
+) -> None:
+    shape, dtype, device = q
+    if len(shape) != 4:
+        raise ValueError(f"q must be [B, T, H, K], got {len(shape)} dimensions: {list(shape)}")
+    if len(v[0]) != 4:
+        raise ValueError(f"v must be [B, T, HV, V], got {len(v[0])} dimensions: {list(v[0])}")
+    B, T, H, K = shape
+    HV, V = v[0][2:]
     _expect("k", k, (B, T, H, K), "B, T, H, K", "the shape of q")
-    if v.shape[:2] != (B, T):
-        raise ValueError(f"v must begin with [B, T] = [{B}, {T}] as q does, got {list(v.shape)}")
+    if v[0][:2] != (B, T):
+        raise ValueError(f"v must begin with [B, T] = [{B}, {T}] as q does, got {list(v[0])}")
     if H == 0 or K == 0 or V == 0 or HV == 0:
-        raise ValueError(f"heads and head dimensions must not be 0, got q {list(q.shape)} and v {list(v.shape)}")
+        raise ValueError(f"heads and head dimensions must not be 0, got q {list(shape)} and v {list(v[0])}")
     if HV % H:
         raise ValueError(f"v must have a multiple of q's {H} heads, got {HV}: each key head serves HV // H value heads")
     _expect("beta", beta, (B, T, HV), "B, T, HV", "one write strength per value head")
@@ -261,35 +280,36 @@ def _check(
         _expect("g", g, (B, T, HV), "B, T, HV", "one log decay per value head")
     N = B
     if cu_seqlens is not None:
-        if cu_seqlens.dtype not in (torch.int32, torch.int64):
-            raise TypeError(f"cu_seqlens must be int32 or int64, got {cu_seqlens.dtype}")
-        if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 2:
-            raise ValueError(f"cu_seqlens must be [N + 1] with N >= 1, got shape {list(cu_seqlens.shape)}")
+        bounds, kind, _ = cu_seqlens
+        if kind not in (torch.int32, torch.int64):
+            raise TypeError(f"cu_seqlens must be int32 or int64, got {kind}")
+        if len(bounds) != 1 or bounds[0] < 2:
+            raise ValueError(f"cu_seqlens must be [N + 1] with N >= 1, got shape {list(bounds)}")
         if B != 1:
             raise ValueError(
                 f"packed sequences lie in one row: with cu_seqlens B must be 1, got {B}; pass q.view(1, B * T, H, K)"
             )
-        N = cu_seqlens.shape[0] - 1
+        N = bounds[0] - 1
     if initial_state is not None:
         _expect(state_name, initial_state, (N, HV, K, V), "N, HV, K, V", "one state per sequence and value head")
-        if initial_state.dtype != work_dtype(q.dtype):
+        if initial_state[1] != work_dtype(dtype):
             raise TypeError(
-                f"{state_name} must be {work_dtype(q.dtype)}, got {initial_state.dtype}: states are kept in fp32 (fp64 for fp64 inputs)"
+                f"{state_name} must be {work_dtype(dtype)}, got {initial_state[1]}: states are kept in fp32 (fp64 for fp64 inputs)"
             )
-    if q.dtype not in DTYPES:
-        raise TypeError(f"q must be one of {', '.join(str(d) for d in DTYPES)}, got {q.dtype}")
+    if dtype not in DTYPES:
+        raise TypeError(f"q must be one of {', '.join(str(d) for d in DTYPES)}, got {dtype}")
     for name, x in (("k", k), ("v", v)):
-        if x.dtype != q.dtype:
-            raise TypeError(f"{name} must have q's dtype {q.dtype}, got {x.dtype}")
+        if x[1] != dtype:
+            raise TypeError(f"{name} must have q's dtype {dtype}, got {x[1]}")
     for name, strength in (("beta", beta), ("g", g)):
-        if strength is not None and not strength.dtype.is_floating_point:
-            raise TypeError(f"{name} must be a floating dtype, got {strength.dtype}")
+        if strength is not None and not strength[1].is_floating_point:
+            raise TypeError(f"{name} must be a floating dtype, got {strength[1]}")
     others = {"k": k, "v": v, "beta": beta, "g": g, state_name: initial_state, "cu_seqlens": cu_seqlens}
     for name, other in others.items():
-        if other is not None and other.device != q.device:
-            raise ValueError(f"{name} must be on q's device {q.device}, got {other.device}")
+        if other is not None and other[2] != device:
+            raise ValueError(f"{name} must be on q's device {device}, got {other[2]}")
 
 
-def _expect(name: str, x: Tensor, shape: tuple[int, ...], dims: str, why: str) -> None:
-    if tuple(x.shape) != shape:
-        raise ValueError(f"{name} must be [{dims}] = {list(shape)}, got {list(x.shape)}: {why}")
+def _expect(name: str, x: Form, shape: tuple[int, ...], dims: str, why: str) -> None:
+    if tuple(x[0]) != shape:
+        raise ValueError(f"{name} must be [{dims}] = {list(shape)}, got {list(x[0])}: {why}")

@@ -81,7 +81,7 @@ def on_its_device(function: Callable) -> Callable:
 
     @wraps(function)
     def guarded(first: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        if first.is_cuda and first.device.index != torch.cuda.current_device():
+        if first.is_cuda and first.get_device() != torch._C._cuda_getDevice():
             with torch.cuda.device(first.device):
                 return function(first, *args, **kwargs)
         return function(first, *args, **kwargs)
