@@ -69,7 +69,7 @@ def _solve(L: Tensor, b: Tensor) -> Tensor:
 
 
 def _sequence(q, k, v, beta, g, scale, S, do, dS, family) -> dict[str, Tensor]:
-    dtype, rest_counts = q.dtype, q.dtype == torch.bfloat16
+    dtype, rest_counts = q.dtype, q.dtype.itemsize == 2
     wide = family == "hopper" and q.shape[-1] == 256
 
     def r(x: Tensor) -> Tensor:
@@ -90,7 +90,7 @@ def _sequence(q, k, v, beta, g, scale, S, do, dS, family) -> dict[str, Tensor]:
         Sb = r(S)
         W = Vc - G.exp() * (Kc @ Sb)
         bW = r(bc * W)
-        E = W - high @ bW - (low @ bW if rest_counts else 0)
+        E = W - high @ bW - (low @ bW if rest_counts and (family == "triton" or bc.max() > 1) else 0)
         P = (Qc @ Kc.mT * decay).tril()
         inside = r(P * bc.mT) @ r(E) if wide else r(P) @ r(bc * E)
         outputs["o"].append(r(scale * (G.exp() * (Qc @ Sb) + inside)))

@@ -157,12 +157,14 @@ def calls(row: str):
     home = {"chunk": chunk, "recurrent": recurrent}[algorithm]
     forward, backward = (getattr(home, f"{algorithm}_{way}") for way in ("forward", "backward"))
 
-    def both(save: str, with_state: bool):
+    def both(save: str, with_state: bool, heads: int):
         initial = state if with_state else None
-        o, final, saved = forward(q, k, v, beta, g, 1.0, initial, cu_seqlens, output_final_state=with_state, save=save)
-        backward(torch.zeros_like(o), final, q, k, v, beta, g, 1.0, initial, cu_seqlens, saved)
+        tensors = (q, k, *(None if x is None else x[:, :, :heads].contiguous() for x in (v, beta, g)))
+        o, final, saved = forward(*tensors, 1.0, initial, cu_seqlens, output_final_state=with_state, save=save)
+        backward(torch.zeros_like(o), final, *tensors, 1.0, initial, cu_seqlens, saved)
 
-    return [lambda: both("states", True), lambda: both("lean", False)]
+    fewer = H if algorithm == "chunk" else HV  # as many value heads as key heads: chunks then have D elsewhere
+    return [lambda: both("states", True, HV), lambda: both("lean", False, fewer)]
 
 
 def scan(dtype, S: int) -> None:
@@ -216,7 +218,7 @@ def hopper_forward_calls(D: int, *, gated: bool):
         cu_seqlens = torch.tensor([0, 70, 256], dtype=torch.int32) if packed else None
         call = chunk._Call(q, v, beta, g, cu_seqlens)
         X, b, G, _, E, S = chunk_call.unpack(chunk_call.saved(q, v, g, cu_seqlens, "states"), call, g)
-        X_low = torch.empty_like(X) if dtype == bf16 else None
+        X_low = torch.empty_like(X)
         call.segment, call.columns = segment, columns
         chunk._transform(call, k, beta, g, b, G, X, X_low)
         inputs, state = (q, k, v, b, G, X, X_low), torch.zeros(call.states)

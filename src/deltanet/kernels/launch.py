@@ -124,7 +124,8 @@ _GRADIENTS: Table = {
 _GRADIENTS_FP32: Table = {(4, width): LaunchConfig(warps=8, block_v=32, block_k=32, registers=255) for width in (64, 128, 256)}
 CHUNK_GRADIENTS = {HOPPER: _GRADIENTS, AMPERE: {**_GRADIENTS, **_GRADIENTS_FP32}}
 
-# Gated, the chunk's decays and a second accumulator for dk spill at 4 warps (1.47 ms); 8 warps on all of K 128 take 0.97.
+# Gated, the chunk's decays and a second accumulator for dk spill at 4 warps on half of K 128 (1.14 ms); 8 warps on all of it take 0.91.
+# K 64 (8 x 4096 x 32 x 64): 0.69 at 4 warps, 1.90 at 8.
 _GRADIENTS_GATED: Table = {
     **_GRADIENTS,
     (2, 128): LaunchConfig(warps=8, stages=2, block_v=64, block_k=128),
@@ -132,7 +133,7 @@ _GRADIENTS_GATED: Table = {
 }
 CHUNK_GRADIENTS_GATED = {
     HOPPER: _GRADIENTS_GATED,
-    # ptxas for 8.0 settles for 32 registers and 29 kB of spills at the 64 columns of the plain rule; told, it spills 1.5 kB at 32, 4 kB at 64.
+    # ptxas for 8.0 settles for 32 registers and 30 kB of spills at the 64 columns of the plain rule; told, it spills 0.4 kB at 32, 3.6 kB at 64.
     AMPERE: {**_GRADIENTS_GATED, **_GRADIENTS_FP32, (2, 64): LaunchConfig(warps=4, block_v=64, block_k=32, registers=255)},
 }
 

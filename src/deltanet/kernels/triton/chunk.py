@@ -1,7 +1,7 @@
-"""The chunked operator: which kernels run, in what order, over which memory. Two launches forward, two backward (bf16: three), none per chunk.
+"""The chunked operator: which kernels run, in what order, over which memory. Two launches forward, two backward (16 bits: three), none per chunk.
 
     forward     transform -> X, beta in fp32, G;     forward -> o, final state, and for the backward E and the chunk states S
-    backward    (bf16) transform again -> what rounding X left, where betas are above 1
+    backward    (16 bits) transform again -> what rounding X left, where betas are above 1
                 state_gradient -> dv, dbeta, D, dinitial_state;     gradients -> dq, dk, dg
 
 What is saved, in this order: X; beta in fp32 and, if gated, G; M, if sequences are cut into segments; E; S under "states". Under "lean"
@@ -51,18 +51,17 @@ def chunk_forward(
 ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
     """o `[B, T, HV, V]`, the final states or None, and what the backward needs (docs/conventions.md)."""
     q, k, v, beta, g, initial_state = (plain(x) for x in (q, k, v, beta, g, initial_state))
-    call = Call(q, v, beta, g, cu_seqlens)
+    call = Call.of(q, v, beta, g, cu_seqlens)
     if q.is_cuda:
         _compile_once(call, q, k, v, beta, g, initial_state, cu_seqlens, output_final_state, save)
     o = torch.empty_like(v)
     final = q.new_empty(call.states, dtype=torch.float32) if output_final_state else None
-    kept = saved(q, v, g, cu_seqlens, save)
+    kept, (X, b, G, M, E, S) = call.memory(q, v, g, save)
     if call.tokens == 0:
         if final is not None:
             final.zero_() if initial_state is None else final.copy_(initial_state)
         return o, final, kept
-    X, b, G, M, E, S = unpack(kept if save != "nothing" else saved(q, v, g, cu_seqlens, save, between=True), call, g)
-    # bf16 keeps 8 bits of X, too few for long runs of alike keys at beta 2; here the 8 that follow are read too
+    # bf16 keeps 8 bits of X and fp16 11, too few for long runs of alike keys at beta 2; here those that follow are read too
     X_low = torch.empty_like(X) if q.dtype in ROUNDING_COUNTS else None
     _transform(call, k, beta, g, b, G, X, X_low)
     starts = _segment_starts(call, k, v, b, G, X, X_low, M, initial_state)
@@ -90,7 +89,7 @@ def chunk_backward(
     """Gradients of q, k, v, beta, g and initial_state, each in the dtype of its tensor."""
     q, k, do = (plain(x) for x in (q, k, do))
     dfinal = None if dfinal_state is None else plain(dfinal_state.to(torch.float32))
-    call = Call(q, v, beta, g, cu_seqlens)
+    call = Call.of(q, v, beta, g, cu_seqlens)
     dq, dk = torch.empty_like(q), torch.empty_like(k)
     dv, dbeta = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (v, beta))
     dg = None if g is None else torch.empty_like(g, memory_format=torch.contiguous_format)

@@ -4,6 +4,7 @@ Both families work on what is described here, so that either backward runs behin
 """
 
 from functools import cache
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -15,11 +16,24 @@ __all__ = ["Call", "multiprocessors", "or_stand_in", "plain", "saved", "unpack"]
 CHUNK = 64
 PACKED_ROW = 48  # elements of X per token: of a chunk's 64 x 64, the upper right quarter is zero and not stored
 SHORTEST_SEGMENT = 1024  # below 16 chunks a segment, computing its transition costs more than the idle multiprocessors
-ROUNDING_COUNTS = (torch.bfloat16,)  # of X, where keys repeat: what rounding left of it is used as well
+ROUNDING_COUNTS = (torch.bfloat16, torch.float16)  # of X, where keys repeat: what rounding left of it is used as well
 
 
 class Call:
     """Sizes of one call, and the scalars by which a kernel finds its place."""
+
+    @classmethod
+    def of(cls, q: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, cu_seqlens: Tensor | None) -> Self:
+        """The Call of these tensors; on a GPU those without cu_seqlens are kept, as working them out takes longer than a launch."""
+        if cu_seqlens is not None or not q.is_cuda:
+            return cls(q, v, beta, g, cu_seqlens)
+        kind = (cls, q.shape, q.dtype, q.device, v.shape, beta.dtype, None if g is None else g.dtype, SHORTEST_SEGMENT)
+        found = _calls.get(kind)
+        if found is None:
+            if len(_calls) >= 1024:
+                _calls.clear()
+            found = _calls[kind] = cls(q, v, beta, g, None)
+        return found
 
     def __init__(self, q: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, cu_seqlens: Tensor | None):
         B, T, self.H, self.K = q.shape
@@ -33,11 +47,18 @@ class Call:
         self.BK, self.BV, self.itemsize = _width(self.K), _width(self.V), q.element_size()
         self.gpu = _gpu(q.device)
         self.segment = _segment(self.N, T, self.HV, self.V, q.device)
+        self.segments = self.parts(self.segment) if self.segment else 0
         # what decides the code of every kernel of this call, beside each kernel's own flags; all other tensors are aligned
         bounds = None if cu_seqlens is None else (cu_seqlens.dtype, cu_seqlens.data_ptr() % 16)
         gate = None if g is None else g.dtype
         large = max(self.tokens, self.N) >= 2**31
-        self.key = (q.device, q.dtype, v.dtype, beta.dtype, gate, self.H, self.HV, self.K, self.V, bounds, large)
+        kind = (q.device, q.dtype, v.dtype, beta.dtype, gate, self.H, self.HV, self.K, self.V, bounds, large)
+        self.key = _kinds.setdefault(kind, len(_kinds))  # a number, which is looked up in less time
+
+    def memory(self, q: Tensor, v: Tensor, g: Tensor | None, save: str) -> tuple[list[Tensor], tuple]:
+        """What the forward keeps, as empty tensors, and X, b, G, M, E, S, of which it keeps none under "nothing"."""
+        found = _memory(q, v, g, self.tokens, self.segments, self.slots, save, between=save == "nothing")
+        return [] if save == "nothing" else found, unpack(found, self, g)
 
     def pick(self, tables: dict[str, Table]) -> LaunchConfig:
         return tables[self.gpu][self.itemsize, self.BK]
@@ -47,23 +68,34 @@ class Call:
         return _parts(self.N, self.T, granule, self.packed)
 
 
+_calls: dict[tuple, Call] = {}
+_kinds: dict[tuple, int] = {}
+
+
 def saved(
     q: Tensor, v: Tensor, g: Tensor | None, cu_seqlens: Tensor | None, save: str, *, between: bool = False
 ) -> list[Tensor]:
     """What a forward keeps under `save`, as empty tensors; with `between`, what it needs for itself when it keeps nothing."""
+    N = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    segment = _segment(N, q.shape[1], v.shape[2], v.shape[3], q.device)
+    segments = _parts(N, q.shape[1], segment, cu_seqlens is not None) if segment else 0
+    return _memory(q, v, g, v.shape[0] * v.shape[1], segments, _slots(q, v), save, between=between)
+
+
+def _memory(q, v, g, tokens, segments, slots, save, *, between: bool = False) -> list[Tensor]:
     if save == "nothing" and not between:
         return []
-    tokens, HV = v.shape[0] * v.shape[1], v.shape[2]
-    X = q.new_empty(HV, tokens * PACKED_ROW)
-    b_G = [q.new_empty(HV, tokens, dtype=torch.float32) for _ in range(1 if g is None else 2)]
-    N = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    segment = _segment(N, q.shape[1], HV, v.shape[3], q.device)
-    segments = _parts(N, q.shape[1], segment, cu_seqlens is not None) if segment else 0
-    M = [q.new_empty(segments, HV, q.shape[3], q.shape[3], dtype=torch.float32)] if segment else []
-    if between:
-        return [X, *b_G, *M]
-    E = torch.empty_like(v, memory_format=torch.contiguous_format)
-    return [X, *b_G, *M, E, *([q.new_empty(_slots(q, v))] if save == "states" else [])]
+    HV, K = slots[1], slots[3]
+    kept = [q.new_empty(HV, tokens * PACKED_ROW), q.new_empty(HV, tokens, dtype=torch.float32)]
+    if g is not None:
+        kept.append(q.new_empty(HV, tokens, dtype=torch.float32))
+    if segments:
+        kept.append(q.new_empty(segments, HV, K, K, dtype=torch.float32))
+    if not between:
+        kept.append(torch.empty_like(v, memory_format=torch.contiguous_format))
+        if save == "states":
+            kept.append(q.new_empty(slots))
+    return kept
 
 
 def unpack(kept: list[Tensor], call: Call, g: Tensor | None) -> tuple:

@@ -9,8 +9,9 @@
     dG_last += sum_i k_i . (e^(G_last - G) V' D^T)_i + e^(G_last) <S, D>,          dg_t = sum of dG_i over i >= t
 
 M has the decay in every entry, so strong decay gives a small dg and not the difference of large numbers.
-dP^T and dL^T are transposed in registers and then masked and scaled: never handed to a product as they are, which Triton 3.4 to 3.7.0
-gets wrong on Hopper. Two products and half the accumulators of the C x C part are saved, and the rest fits without spills.
+dP and dL are finished, then transposed in registers, and the transposed is scaled or added to: never handed to a product as it is, which
+Triton 3.4 to 3.7.0 gets wrong on Hopper. Two products and half the accumulators of the C x C part are saved. dL is done with before dP is
+begun and each gives its share of dG at once: what lives side by side decides whether registers suffice.
 One program owns a chunk of a key head and BLOCK_K of its columns, and sums over the value heads of its group: no atomics, one order.
 """
 
@@ -77,7 +78,6 @@ def gradients(
     valid = t < rows
     keep = t[:, None] >= t[None, :]
     below = t[:, None] > t[None, :]
-    above = t[:, None] < t[None, :]
     slot = first // CHUNK - 1  # of the state at the chunk's start; the slot after it has D at the chunk's end
     at_keys = (first * H + key_head) * K + t[:, None] * (H * K) + d[None, :]
     in_keys = valid[:, None] & in_k[None, :]
@@ -144,42 +144,32 @@ def gradients(
 
         keys = tl.load(k + at_keys, mask=in_keys, other=0.0)
         queries = tl.load(q + at_keys, mask=in_keys, other=0.0)
-        dPt = tl.trans(dP)
-        dLt = tl.trans(dL)
-        dPt *= (-scale * b)[:, None]
-        dL *= b[None, :]
-        dLt *= b[:, None]
         if GATED:
             dk_acc *= into[:, None]
             by_keys = tl.sum(keys.to(tl.float32) * dk_acc, 1)
             by_new = -tl.sum(keys.to(tl.float32) * dk_new, 1)
             dk_acc += dk_new
             decay = decay_between(Gc[:, None], Gc[None, :], keep)
-            decay_t = decay_between(Gc[None, :], Gc[:, None], t[:, None] <= t[None, :])
-            dPt *= decay_t
-            dL = tl.where(below, dL * decay, 0.0)
-            dLt = tl.where(above, dLt * decay_t, 0.0)
+            dL = tl.where(below, dL * decay * b[None, :], 0.0)
             M = dL * tl.dot(keys, tl.trans(keys), input_precision=PRECISION)
+            dG = -by_keys - by_new - tl.sum(M, 1) + tl.sum(M, 0)  # the other order spills three times as much
         else:
-            dPt = tl.where(t[:, None] <= t[None, :], dPt, 0.0)
-            dL = tl.where(below, dL, 0.0)
-            dLt = tl.where(above, dLt, 0.0)
-        dk_acc = tl.dot(dPt.to(keys.dtype), queries, dk_acc, input_precision=PRECISION)
-        dk_acc = tl.dot((dL + dLt).to(keys.dtype), keys, dk_acc, input_precision=PRECISION)
-        dk_sum = dk_acc if GROUP == 1 else dk_sum + dk_acc
-        dP *= b[None, :]
+            dL = tl.where(below, dL * b[None, :], 0.0)
+        dk_acc = tl.dot((dL + tl.trans(dL)).to(keys.dtype), keys, dk_acc, input_precision=PRECISION)
         if GATED:
+            dP *= decay * b[None, :]
+            M = tl.where(below, scale * dP * tl.dot(queries, tl.trans(keys), input_precision=PRECISION), 0.0)
             dq_acc *= into[:, None]
             by_queries = scale * tl.sum(queries.to(tl.float32) * dq_acc, 1)
-            dP *= decay
-            M = tl.where(below, scale * dP * tl.dot(queries, tl.trans(keys), input_precision=PRECISION), 0.0) - M
-            dG = tl.sum(M, 1) - tl.sum(M, 0) + by_queries - by_keys - by_new
+            dG += tl.sum(M, 1) - tl.sum(M, 0) + by_queries
             through = tl.sum(by_new, 0) + tl.math.exp2(last) * scale * overlap
             dg_rows = tl.cumsum(dG, 0, reverse=True) + through
             tl.store(dg + (key_tile * tokens.to(tl.int64) + first + t) * HV + head, dg_rows, mask=valid)
         else:
-            dP = tl.where(keep, dP, 0.0)
+            dP = tl.where(keep, dP * b[None, :], 0.0)
+        dk_acc = tl.dot((-scale * tl.trans(dP)).to(keys.dtype), queries, dk_acc, input_precision=PRECISION)
         dq_acc = tl.dot(dP.to(keys.dtype), keys, dq_acc, input_precision=PRECISION)
+        dk_sum = dk_acc if GROUP == 1 else dk_sum + dk_acc
         dq_sum = dq_acc if GROUP == 1 else dq_sum + dq_acc
 
         if key_tile == 0:
