@@ -218,6 +218,17 @@ def test_the_rate_is_chosen_by_validation_where_there_is_one() -> None:
     assert "| deltanet | 70.0 |\n| paper | 81.3 |" in markdown(suite, rows)  # the width too, by validation
 
 
+def test_regbench_is_the_second_authors_protocol() -> None:
+    grid = replace(SUITES["regbench"].grid(quick=False), models=("deltanet", "attention"), tasks=("2500",), epochs=(30,))
+    delta, attention = SUITES["regbench"].cells(grid, "float32")
+    assert (delta.learning_rate, attention.learning_rate) == (2.54e-4, 3e-4)
+    assert (delta.config.feed_forward_width, attention.config.feed_forward_width) == (320, 512)
+    assert (delta.config.positions, attention.config.positions) == (0, 512)
+    assert (delta.config.attention_dropout, attention.config.attention_dropout) == (0.0, 0.1)
+    assert (attention.config.mixer.heads, attention.config.mixer.rotary) == (2, False)
+    assert {cell.learning_rate for cell in SUITES["regbench"].cells(replace(grid, learning_rates=(1e-3,)), "float32")} == {1e-3}
+
+
 def test_mads_means_are_over_configurations() -> None:
     suite = SUITES["mad"]
     grid = replace(suite.grid(quick=False), models=("deltanet",), tasks=("memorization.*",), learning_rates=(1e-3,), weight_decays=(0.0,))

@@ -86,8 +86,8 @@ class Suite(ABC):
     def cell(self, grid: Grid, task: str, model: str, width: int, rate: float, decay: float, seed: int) -> Cell:
         """One cell, of a grid with one number of epochs or none. ValueError, which names the field, where it is impossible."""
 
-    def learning_rates(self, grid: Grid, task: str) -> tuple[float, ...]:
-        """The rates of that task: the grid's, unless the protocol has others for it and the grid is the protocol's."""
+    def learning_rates(self, grid: Grid, task: str, model: str) -> tuple[float, ...]:
+        """The rates of that task and model: the grid's, unless the protocol has others for them and the grid is the protocol's."""
         return grid.learning_rates
 
     @abstractmethod
@@ -107,7 +107,7 @@ class Suite(ABC):
         names = tuple(dict.fromkeys(name for asked in grid.tasks for name in self._named(asked)))
         found = []
         for task, width, model in product(names, grid.widths, grid.models):
-            rates = self.learning_rates(grid, task)
+            rates = self.learning_rates(grid, task, model)
             every = product(grid.seeds, grid.weight_decays, grid.epochs or (None,), rates)
             for seed, decay, epochs, rate in every:
                 try:

@@ -85,7 +85,7 @@ def _reduced(suite: "Suite", outcomes: Sequence[dict[str, Any]], chosen: Sequenc
     notes = []
     tried = {_setting(outcome) for outcome in outcomes if outcome["status"] != "stopped"}
     lengths = full.epochs or (cell["recipe"]["epochs"],)
-    asked = [*product(suite.learning_rates(full, cell["task"]), full.weight_decays, lengths)]
+    asked = [*product(suite.learning_rates(full, cell["task"], cell["model"]), full.weight_decays, lengths)]
     if missing := sum(setting not in tried for setting in asked):
         notes.append(f"{len(asked) - missing} of {len(asked)} {'rates and epochs' if full.epochs else 'rates'}")
     standard = suite.cell(

@@ -73,7 +73,7 @@ class TrackingSuite(Suite):
             epochs=(12,),
         )
 
-    def learning_rates(self, grid: Grid, task: str) -> tuple[float, ...]:
+    def learning_rates(self, grid: Grid, task: str, model: str) -> tuple[float, ...]:
         return RATES_OF_SUMS if grid.learning_rates is RATES and task not in GROUPS else grid.learning_rates
 
     def tasks(self) -> tuple[str, ...]:
