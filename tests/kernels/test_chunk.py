@@ -231,6 +231,29 @@ def test_which_rows_a_gpu_takes():
     assert [launch.gpu_class(major) for major in (8, 9, 10, 12)] == [launch.AMPERE, launch.HOPPER, launch.HOPPER, launch.AMPERE]
 
 
+def test_a_kind_of_call_is_worked_out_once():
+    """On a GPU: another batch of boundaries is the same kind, with a place of its own."""
+
+    class Elsewhere:
+        is_cuda = True
+
+        def __init__(self, x):
+            self.x = x
+
+        def __getattr__(self, name):
+            return getattr(self.x, name)
+
+    q, v, beta = torch.zeros(1, 130, 1, 64), torch.zeros(1, 130, 2, 32), torch.zeros(1, 130, 2)
+    plain, again, gated = (chunk_call.Call.of(Elsewhere(q), v, beta, g, None) for g in (None, None, beta))
+    assert plain is again
+    assert plain.key != gated.key
+    bounds = [torch.tensor([0, cut, 130]) for cut in (1, 70)]
+    first, second = (chunk_call.Call.of(Elsewhere(q), v, beta, None, cu_seqlens) for cu_seqlens in bounds)
+    assert [first.place[0] is bounds[0], second.place[0] is bounds[1]] == [True, True]
+    assert first.key == second.key != plain.key
+    assert vars(first) | {"place": 0} == vars(chunk_call.Call(q, v, beta, None, bounds[0])) | {"place": 0}
+
+
 # ---- on a GPU: every shipped row, in every dtype, over what the kernels branch on
 
 ROWS = [(dtype, D) for dtype in (torch.bfloat16, torch.float16, torch.float32) for D in (64, 128, 256)]

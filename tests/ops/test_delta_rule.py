@@ -21,6 +21,7 @@ from deltanet.ops import (
     warmup,
 )
 from deltanet.ops import autograd as operator
+from deltanet.ops import delta_rule
 from deltanet.reference import recurrent
 
 RULES = [chunk_delta_rule, recurrent_delta_rule]
@@ -215,6 +216,18 @@ def test_boundaries_are_checked(bounds: list[int], message: str) -> None:
     x = make_inputs(B=1, T=8)
     with pytest.raises(ValueError, match=re.escape(message)):
         chunk_delta_rule(x.q, x.k, x.v, x.beta, cu_seqlens=torch.tensor(bounds))
+
+
+def test_a_kind_of_call_is_checked_once_and_a_wrong_one_every_time() -> None:
+    x = make_inputs(B=3, T=7, H=1, K=5, V=6)
+    checks = delta_rule._check_forms
+    chunk_delta_rule(x.q, x.k, x.v, x.beta)
+    before = checks.cache_info()
+    chunk_delta_rule(x.q, x.k, x.v, x.beta)
+    assert checks.cache_info()[:2] == (before.hits + 1, before.misses)
+    for wrong in (x.beta[:, :, :0], x.beta[:2], x.beta.long(), x.beta[:2]):  # whatever was right before
+        with pytest.raises((ValueError, TypeError), match="beta must be"):
+            chunk_delta_rule(x.q, x.k, x.v, wrong)
 
 
 def test_boundaries_are_checked_again_when_they_change() -> None:

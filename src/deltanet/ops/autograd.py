@@ -187,7 +187,7 @@ def plain(x: Tensor) -> bool:
     """Whether nobody looks on: no compiler, no tracing, no dispatch mode, no tensor subclass."""
     return (
         type(x) in (Tensor, torch.nn.Parameter)
-        and x.device.type != "meta"
+        and not x.is_meta
         and not torch.compiler.is_compiling()
         and torch._C._len_torch_dispatch_stack() == 0
         and not torch._C._are_functorch_transforms_active()
@@ -208,8 +208,9 @@ def run(
     memory: str,
     algorithm: str,
     backend: str,
+    eager: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Run a checked call; BackendError when `backend` cannot."""
+    """Run a checked call, of which `eager` says whether it is `plain`; BackendError when `backend` cannot."""
     needed = torch.is_grad_enabled() and (
         q.requires_grad
         or k.requires_grad
@@ -220,7 +221,7 @@ def run(
     )
     save = memory if needed else "nothing"
     call = (q, k, v, beta, g, scale, initial_state, cu_seqlens, output_final_state, save, algorithm, backend)
-    if not plain(q):
+    if not eager:
         o, state, _ = _delta_rule(*call)
         return o, state if output_final_state else None
     return _apply(*call) if needed else _compute(*call)[:2]

@@ -205,7 +205,7 @@ def _call(
     memory: str,
     backend: str,
 ) -> tuple[Tensor, Tensor | None]:
-    _check(q, k, v, beta, g, initial_state, cu_seqlens)
+    eager = _check(q, k, v, beta, g, initial_state, cu_seqlens)
     if memory not in MEMORY:
         raise ValueError(f"memory must be one of {', '.join(MEMORY)}, got {memory!r}{nearest(memory, MEMORY)}")
     _check_backend(backend)
@@ -224,6 +224,7 @@ def _call(
         memory=memory,
         algorithm=algorithm,
         backend=backend,
+        eager=eager,
     )
 
 
@@ -243,11 +244,16 @@ def _check(
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
     state_name: str = "initial_state",
-) -> None:
-    """Everything that shapes, dtypes and devices can tell, in the order in which a caller would fix it; each kind of call once."""
-    forms = (_form(q), _form(k), _form(v), _form(beta), _form(g), _form(initial_state), _form(cu_seqlens))
+) -> bool:
+    """Everything that shapes, dtypes and devices can tell, in the order in which a caller would fix it; each kind of call once.
+
+    Returns whether the call is plain (autograd.py).
+    """
+    eager = autograd.plain(q)
     # sizes that are symbols have no hash, and a compiler does not see what is remembered
-    (_check_forms if autograd.plain(q) else _check_forms.__wrapped__)(*forms, state_name)
+    check = _check_forms if eager else _check_forms.__wrapped__
+    check(_form(q), _form(k), _form(v), _form(beta), _form(g), _form(initial_state), _form(cu_seqlens), state_name)
+    return eager
 
 
 Form = tuple[torch.Size, torch.dtype, torch.device]

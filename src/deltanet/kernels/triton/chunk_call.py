@@ -24,16 +24,21 @@ class Call:
 
     @classmethod
     def of(cls, q: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, cu_seqlens: Tensor | None) -> Self:
-        """The Call of these tensors; on a GPU those without cu_seqlens are kept, as working them out takes longer than a launch."""
-        if cu_seqlens is not None or not q.is_cuda:
+        """The Call of these tensors. On a GPU each kind is worked out once, as that takes longer than a launch."""
+        if not q.is_cuda:
             return cls(q, v, beta, g, cu_seqlens)
-        kind = (cls, q.shape, q.dtype, q.device, v.shape, beta.dtype, None if g is None else g.dtype, SHORTEST_SEGMENT)
+        bounds = None if cu_seqlens is None else (cu_seqlens.shape, cu_seqlens.dtype, cu_seqlens.data_ptr() % 16)
+        kind = (cls, q.shape, q.dtype, q.device, v.shape, beta.dtype, None if g is None else g.dtype, bounds, SHORTEST_SEGMENT)
         found = _calls.get(kind)
         if found is None:
             if len(_calls) >= 1024:
                 _calls.clear()
-            found = _calls[kind] = cls(q, v, beta, g, None)
-        return found
+            found = _calls[kind] = cls(q, v, beta, g, cu_seqlens)
+        if cu_seqlens is None:
+            return found
+        own = cls.__new__(cls)
+        own.__dict__ |= found.__dict__ | {"place": (cu_seqlens, *found.place[1:])}
+        return own
 
     def __init__(self, q: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, cu_seqlens: Tensor | None):
         B, T, self.H, self.K = q.shape
