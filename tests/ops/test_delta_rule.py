@@ -16,12 +16,12 @@ from deltanet.ops import (
     check_values,
     chunk_delta_rule,
     decode_step,
+    delta_rule,
     explain,
     recurrent_delta_rule,
     warmup,
 )
 from deltanet.ops import autograd as operator
-from deltanet.ops import delta_rule
 from deltanet.reference import recurrent
 
 RULES = [chunk_delta_rule, recurrent_delta_rule]
