@@ -2,8 +2,8 @@
 
 Their error against fp64 is what the rounding costs by itself, on the inputs at hand. A kernel that is right has about that error and no more:
 the budget of test_matrix.py. One value head a key head; formulas as in kernels/triton/chunk_*.py. The Hopper family differs in one place of
-its backward: dg is made of q . dq and k . dk (kernels/hopper/chunk_backward_gradients.py); and at heads of 256, where its backward is the
-portable one, in the forward: beta goes into P, not into E (kernels/hopper/chunk_state_256.py).
+its backward: dg is made of q . dq and k . dk (kernels/hopper/chunk_backward_gradients.py); and at heads of 256 in one of its forward: beta
+goes into P, not into E (kernels/hopper/chunk_state_256.py).
 """
 
 import torch
@@ -121,7 +121,7 @@ def _sequence(q, k, v, beta, g, scale, S, do, dS, family) -> dict[str, Tensor]:
         dk = back - through - r((scale * dP).tril().mT) @ Qc + r(dL + dL.mT) @ Kc
         by_new = (Kc * through).sum(-1)
         dG = scale * (Qc * dq).sum(-1) - (Kc * back).sum(-1) - by_new
-        if family == "triton" or wide:
+        if family == "triton":
             M = (scale * dP).tril(-1) * (Qc @ Kc.mT) - dL * (Kc @ Kc.mT)
             dG = dG + M.sum(-1) - M.sum(-2)
         else:
