@@ -125,8 +125,9 @@ def _sequence(q, k, v, beta, g, scale, S, do, dS, family) -> dict[str, Tensor]:
             M = (scale * dP).tril(-1) * (Qc @ Kc.mT) - dL * (Kc @ Kc.mT)
             dG = dG + M.sum(-1) - M.sum(-2)
         else:
-            dG = dG + scale * (Qc * (r(dP.tril()) @ Kc)).sum(-1) - (Kc * (r((scale * dP).tril().mT) @ Qc)).sum(-1)
-            dG = dG - (Kc * (r(dL) @ Kc)).sum(-1) + (Kc * (r(dL.mT) @ Kc)).sum(-1)
+            # the same rounded numbers by rows and by columns; but for heads of 256, of dL what rounding left as well
+            p, m = r((scale * dP).tril()), r(dL) if wide else r(dL) + r(dL - r(dL))
+            dG = dG + (Qc * (p @ Kc)).sum(-1) - (Kc * (p.mT @ Qc)).sum(-1) - (Kc * (m @ Kc)).sum(-1) + (Kc * (m.mT @ Kc)).sum(-1)
         ends = by_new.sum(-1) + scale * last[:, 0, 0].exp() * (Sb * Db).sum((-1, -2))
         found = {
             "dq": r(scale * (dq + r(dP.tril()) @ Kc)), "dk": r(-dk), "dv": dv, "dbeta": (scale * (E * H).sum(-1)).to(beta.dtype).float(),

@@ -259,8 +259,7 @@ def hopper_backward_calls(D: int, *, gated: bool):
         state = torch.zeros(call.states) if with_state else None
         X, b, G, _, E, S = chunk_call.unpack(chunk_call.saved(q, v, g, cu_seqlens, "states"), call, g)
         if walk:
-            X_low = dv if dtype == bf16 else None
-            chunk_backward_ends.find_ends(call, segment, q, k, do, b, G, X, X_low, state, 1.0, walk=True)
+            chunk_backward_ends.find_ends(call, segment, q, k, do, b, G, X, dv, state, 1.0, walk=True)
             return
         call.segment = segment
         M = torch.zeros(call.parts(segment), HV, D, D) if segment else None

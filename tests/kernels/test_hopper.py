@@ -158,6 +158,9 @@ CASES = {
     "segments": dict(shape=(1, 4500, 2, 2), states=True),
     "segments from nothing": dict(shape=(1, 4500, 2, 2), final=False),
     "segments from nothing, packed": dict(shape=(1, 4500, 1, 2), lengths=[2100, 0, 2300, 100], gate=0.01, final=False),
+    "segments, inference": dict(shape=(1, 4500, 2, 2), final=False, save="nothing"),
+    "segments, much forgotten": dict(shape=(1, 4500, 2, 2), gate=0.3, states=True),
+    "segments, nothing forgotten": dict(shape=(1, 4500, 2, 2), gate=0.002, states=True),
     "many heads": dict(shape=(4, 130, 16, 16), states=True),  # enough for the backward in Gluon
     "many heads, gated, grouped": dict(shape=(4, 130, 8, 16), gate=0.1, save="lean"),
     "many heads, packed": dict(shape=(1, 259, 8, 8), lengths=RAGGED, states=True),

@@ -64,8 +64,8 @@ CASES = {
     "packed, grouped": dict(shape=(1, 259, 2, 6), **RAGGED),
     "packed, gated, grouped": dict(shape=(1, 259, 2, 4), gate=0.1, **RAGGED),
     "weak decay": dict(shape=(2, 256, 2, 2), gate=1e-4, states=True),
-    # dg at D 64 is one token's, where terms cancel: 0.0123, and in the emulation too
-    "strong decay": dict(shape=(2, 200, 2, 2), gate=20.0, states=True, limit=1.6e-2),
+    # dg at D 64 is one token's, where terms cancel: 0.0098 (the portable backward 0.0123)
+    "strong decay": dict(shape=(2, 200, 2, 2), gate=20.0, states=True, limit=1.2e-2),
     "other scale": dict(shape=(1, 130, 2, 2), scale=-0.7, states=True),
 }
 
@@ -86,7 +86,7 @@ def test_lengths(T, gate, D):
 
 
 @pytest.mark.parametrize("D", [128, 256])
-@pytest.mark.parametrize("case", [dict(), dict(lengths=[2100, 0, 2300, 100]), dict(gate=0.01)], ids=str)
+@pytest.mark.parametrize("case", [dict(), dict(lengths=[2100, 0, 2300, 100]), dict(gate=0.01), dict(gate=0.3)], ids=str)
 def test_segments(case, D):
     check(1, 4500, 2, 2, D, D, states=True, **case)
 
@@ -98,6 +98,7 @@ WALKED = {
     "gated, a beta of 2": dict(gate=0.01, beta_max=2.0),
     "packed": dict(shape=(1, 4600, 2, 2), lengths=[3000, 0, 1500, 100]),
     "gated, grouped": dict(shape=(2, 1201, 1, 2), gate=0.1),
+    "much forgotten, packed": dict(shape=(1, 4600, 2, 2), lengths=[3000, 0, 1500, 100], gate=0.3),
     "fp16": dict(dtype=FP16),
 }
 
@@ -123,8 +124,9 @@ def test_ends_found_on_the_way(name, D, monkeypatch):
 HARD = {
     "iid": dict(),
     "alike": dict(keys="alike"),
-    "same": dict(keys="same"),
-    "same, gated": dict(keys="same", gate=1e-3),
+    "alike, gated": dict(keys="alike", gate=1e-2),
+    "same": dict(keys="same", heads=(16, 16)),
+    "same, gated": dict(keys="same", heads=(16, 16), gate=1e-3),
     "alike, packed": dict(keys="alike", T=259, **RAGGED),
     "alike, packed, gated": dict(keys="alike", T=259, gate=1e-2, **RAGGED),
     "alike, grouped": dict(keys="alike", heads=(2, 4)),
@@ -137,7 +139,7 @@ HARD = {
 def test_betas_up_to_2_are_as_exact_as_in_the_portable_backward(name, D):
     """Where rounding X costs digits: without what the rounding left dv is off by 0.4 for one key repeated.
 
-    There errors neither grow nor die out, and two backwards that round alike wander apart. dg is held to its emulation by test_matrix.py.
+    With one key errors neither grow nor die out, and two backwards that round alike wander apart; over 16 heads that is evened out.
     """
     case = dict(HARD[name])
     T, heads, cu = case.pop("T", 500), case.pop("heads", (2, 2)), bounds(case.get("lengths"))
@@ -145,11 +147,14 @@ def test_betas_up_to_2_are_as_exact_as_in_the_portable_backward(name, D):
     given = inputs(1, T, *heads, D, D, BF16, N=None if lengths is None else len(lengths), beta_max=2.0, **case)
     exact = definition(*given, 0.1, cu)
     portable, ours = backwards(given, 0.1, cu)
-    factor = 1.5 if name.startswith("same") else 1.1
-    for what, x, y in zip(("dq", "dk", "dv", "dbeta", "dg", "dstate"), ours(), portable(), strict=True):
-        if what in exact and what != "dg":
-            mine, theirs = error(x, exact[what]), error(y, exact[what])
-            assert mine <= factor * theirs + 3e-4, (what, mine, theirs)
+    pairs = zip(("dq", "dk", "dv", "dbeta", "dg", "dstate"), ours(), portable(), strict=True)
+    errors = {what: (error(x, exact[what]), error(y, exact[what])) for what, x, y in pairs if what in exact}
+    if D == 256:  # there dL is one number of 16 bits, and dg 2 to 3 times as far off; test_matrix.py holds it to its emulation
+        errors.pop("dg", None)
+    print({what: f"{mine:.4f} {theirs:.4f}" for what, (mine, theirs) in errors.items()})
+    factor = 1.2 if name.startswith("same") else 1.1
+    for what, (mine, theirs) in errors.items():
+        assert mine <= factor * theirs + 3e-4, (what, errors)
 
 
 @pytest.mark.parametrize("T", [64, 500])

@@ -68,24 +68,23 @@ def chunk_forward(
     """o `[B, T, HV, V]`, the final states or None, and what the backward needs (docs/conventions.md)."""
     _bind_context(q.device)
     q, k, v, beta, g, initial_state = (chunk_call.plain(x) for x in (q, k, v, beta, g, initial_state))
-    call = _Call(q, v, beta, g, cu_seqlens)
+    call = _Call.of(q, v, beta, g, cu_seqlens)
     _compile_once(call, q, k, v, beta, g, initial_state, cu_seqlens, output_final_state, save)
     o = torch.empty_like(v)
     final = q.new_empty(call.states, dtype=torch.float32) if output_final_state else None
-    kept = chunk_call.saved(q, v, g, cu_seqlens, save)
+    kept, (X, b, G, M, E, S) = call.memory(q, v, g, save)
     if call.tokens == 0:
         if final is not None:
             final.zero_() if initial_state is None else final.copy_(initial_state)
         return o, final, kept
-    X, b, G, M, E, S = chunk_call.unpack(kept or chunk_call.saved(q, v, g, cu_seqlens, save, between=True), call, g)
     X_low = torch.empty_like(X) if q.dtype in chunk_call.ROUNDING_COUNTS else None
     _transform(call, k, beta, g, b, G, X, X_low)
     inputs = (q, k, v, b, G, X, X_low)
     if call.segment:
         N = q.new_empty((call.parts(call.segment), *call.states[1:]), dtype=torch.float32)
-        # That launch leaves room for the outputs of first segments, whose start is known; not of packed sequences, which may have no other. With an
-        # initial state its products would be serialised; heads of 256 have no such kernel.
-        first = initial_state is None and not call.packed and call.K != WIDE
+        # That launch leaves room for the outputs of first segments, whose start is known; but not where it is short itself, since gates forget, nor
+        # of packed sequences, which may have no other segment. With an initial state its products would be serialised; heads of 256 have none.
+        first = initial_state is None and G is None and not call.packed and call.K != WIDE
         # of what the first segments do to a state, and the last, in the chain forward and the one backward
         used = int(initial_state is not None), int(final is not None and save != "nothing")
         outputs = (o, E, S) if first else (None, None, None)
@@ -112,7 +111,7 @@ def chunk_backward(
     saved: list[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Gradients of q, k, v, beta, g and initial_state, each in the dtype of its tensor."""
-    call = _Call(q, v, beta, g, cu_seqlens)
+    call = _Call.of(q, v, beta, g, cu_seqlens)
     backwards = [home.backward for home in (chunk_backward_kernel, chunk_backward_256) if home.takes(call)]
     if call.tokens == 0 or scale == 0.0 or not backwards:
         return portable.chunk_backward(do, dfinal_state, q, k, v, beta, g, scale, initial_state, cu_seqlens, saved)

@@ -19,9 +19,9 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from deltanet.kernels.hopper.chunk_backward_load import widened
+from deltanet.kernels.hopper.chunk_backward_load import ALWAYS_0, widened
 from deltanet.kernels.hopper.chunk_state import ROWS, loader, prepare
-from deltanet.kernels.hopper.tiles import CHUNK, any_of_warp, find_part
+from deltanet.kernels.hopper.tiles import CHUNK, any_of_warp, find_part, remembered
 from deltanet.kernels.launch import LaunchConfig
 from deltanet.kernels.triton import chunk as portable
 from deltanet.kernels.triton import chunk_call
@@ -109,7 +109,8 @@ def state(
                 out -= back_to
                 gl.store(out + at, D * scale)
     if not WALK:
-        gl.store(out + at, D * scale)
+        e += chunks >> ALWAYS_0  # else 64 addresses wait for this in local memory
+        gl.store(out + d[None, :] * V + e[:, None], D * scale)
 
 
 @gluon.jit(do_not_specialize=["T", "N", "steps", "tokens", "segment", "scale", "inverse_scale"])
@@ -159,14 +160,22 @@ def ends_kernel(
             begin = place.to(gl.int64) * T
             end = begin + T
             place = sequence * gl.cdiv(T, segment)
-        place += gl.maximum(gl.cdiv((end - begin).to(gl.int32), segment) - 1, 0)  # of its last segment
-        begin += gl.minimum(segment, end - begin)  # its first is not walked
+        segments = gl.maximum(gl.cdiv((end - begin).to(gl.int32), segment), 1)
+        place += segments - 1
+        begin += gl.minimum(segment, end - begin)  # the first is not walked
         chunks = gl.cdiv((end - begin).to(gl.int32), CHUNK)
+        further = gl.maximum(segments - 2, 0) * (segment // CHUNK)  # chunks before the last segment
     else:
         sequence, part, begin, end = find_part(place, cu_seqlens, N, steps, T, segment, PACKED)
         begin += part * segment
         chunks = gl.minimum(gl.cdiv((end - begin).to(gl.int32), CHUNK), segment // CHUNK)
         chunks = gl.where((part == 0) | (begin >= end), 0, chunks)
+        further = chunks * 0
+    if GATED:
+        start = begin + further * CHUNK
+        kept, _ = remembered(G + head.to(gl.int64) * tokens + start, (end - start).to(gl.int32), chunks - further, True)
+        inverse_scale = gl.where(kept < chunks - further, 0.0, inverse_scale)  # of dfinal nothing is left
+        chunks = further + kept
     length = (end - begin).to(gl.int32)
     along = head.to(gl.int64) * tokens + begin
     row0 = begin.to(gl.int32)

@@ -37,7 +37,7 @@ from deltanet.kernels.hopper.chunk_backward_load import (
     THIRD_0,
     widened,
 )
-from deltanet.kernels.hopper.tiles import CHUNK, masked
+from deltanet.kernels.hopper.tiles import CHUNK, add, masked
 
 
 @gluon.jit
@@ -211,7 +211,10 @@ def gradients_gated(
     V: gl.constexpr,
     RAGGED: gl.constexpr,
 ):
-    """The same with decay, and for the gate's gradient q . dq - k . (dk as a place of writing) + k . (dk as a place of reading), row by row."""
+    """The same with decay, and for the gate's gradient q . dq - k . (dk as a place of writing) + k . (dk as a place of reading), row by row.
+
+    There dL is larger than what is left of it where keys are alike, so what rounding leaves of it is used as well.
+    """
     sQ, sK, all_dO, all_E, all_S, _, sB, sG, all_P, all_D, all_W, _, sN, _, all_dP, all_Out = tiles
     dq, dk, dv, dq_at, dk_at, dv_at, _, _ = outputs
     key_column, key_stride, head = columns
@@ -300,7 +303,11 @@ def gradients_gated(
         among = decay_between(decay, r[:, None] > c[None, :], acc_c) * -strength.load(gl.SliceLayout(0, acc_c))[None, :]
         dL = warpgroup_mma_wait(1, deps=[dL])
         mbarrier.arrive(bars.index(FREED_ERRORS), count=1)
-        dL = (dL * among).to(dtype)
+        dL = dL * among
+        high = dL.to(dtype)
+        low = all_Out.index(yonder).slice(0, CHUNK, 1)
+        tma.store_wait(1)  # dq has left
+        low.store((dL - widened(high)).to(dtype))
         following = 1 - stage
         mbarrier.wait(bars.index(LOADED_KEYS + following), ((back + 1) >> 1) & 1, pred=back + 1 < chunks)
         mbarrier.wait(bars.index(LOADED_QUERIES + following), ((back + 1) >> 1) & 1, pred=back + 1 < chunks)
@@ -309,11 +316,12 @@ def gradients_gated(
         )
         dK = warpgroup_mma_wait(1, deps=[dK])
         mbarrier.arrive(bars.index(FREED_QUERIES + stage), count=1)
-        sdP.store(dL)
+        sdP.store(high)
         fence_async_shared()
         keys = sK.index(stage + there)
         dK = warpgroup_mma(all_dP.index(yonder).permute((1, 0)), keys, dK, is_async=True)
-        P = warpgroup_mma_wait(1, deps=[P])
+        dK = warpgroup_mma(low.permute((1, 0)), keys, dK, is_async=True)
+        P = warpgroup_mma_wait(2, deps=[P])
         sP.store((P * decay_between(sG.index(following), r[:, None] >= c[None, :], acc_c)).to(dtype))
         fence_async_shared()
         mbarrier.arrive(bars.index(READY_P), count=1)
@@ -323,6 +331,7 @@ def gradients_gated(
 
         # and as a place of reading: dL K - e^G dV S^T
         dK = warpgroup_mma(all_dP.index(here), sK.index(stage + yonder), dK, is_async=True)
+        dK = warpgroup_mma(low, sK.index(stage + yonder), dK, is_async=True)
         dK = warpgroup_mma(read, all_S.index(there), dK, is_async=True)
         dK = warpgroup_mma_wait(0, deps=[dK])
         mbarrier.arrive(bars.index(FREED_STATE), count=1)
@@ -338,11 +347,6 @@ def gradients_gated(
         fence_async_shared()
         put(dk, dk_at, sOut, at, key_column, key_stride, left, RAGGED)
     tma.store_wait(0)
-
-
-@gluon.jit
-def add(a, b):
-    return a + b
 
 
 @gluon.jit

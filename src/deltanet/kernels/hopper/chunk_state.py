@@ -25,7 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_wait
 
-from deltanet.kernels.hopper.tiles import CHUNK, any_of_warp, clear, find_part, masked, power_of_2
+from deltanet.kernels.hopper.tiles import CHUNK, any_of_warp, clear, find_part, masked, power_of_2, remembered
 
 ROWS = gl.constexpr(64)  # columns of V that one state warpgroup owns: rows of S^T
 
@@ -408,6 +408,15 @@ def forward(
     first_slot = (begin // CHUNK).to(gl.int32) + before - 1
     no_slot = (begin // CHUNK).to(gl.int32) - 1
     begin += before * CHUNK
+    if GATED and not OUTPUT:
+        gdc_wait()
+        kept, passed_on = remembered(G + head.to(gl.int64) * tokens + begin, (end - begin).to(gl.int32), chunks, False)
+        if identity < 0:
+            begin += (chunks - kept) * CHUNK
+            chunks = kept
+        elif not passed_on:  # nothing of a state is left: zeros
+            identity += 1 << 16
+            chunks = chunks * 0
     length = (end - begin).to(gl.int32)
     along = head.to(gl.int64) * tokens + begin
     row0 = begin.to(gl.int32)

@@ -23,7 +23,7 @@ from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 from triton.language.extra.cuda import gdc_launch_dependents
 
-from deltanet.kernels.hopper.tiles import CHUNK, any_of_warp, clear, find_part, power_of_2
+from deltanet.kernels.hopper.tiles import CHUNK, add, any_of_warp, clear, find_part, power_of_2
 
 COLUMN = gl.constexpr(gl.NVMMADistributedLayout([2, 0], [4, 1], [16, 8]))  # [64, n]: a warp 16 rows
 ALONG = gl.constexpr(gl.SliceLayout(0, COLUMN))
@@ -229,11 +229,6 @@ def solve_64(S, b_s, G_s, layout: gl.constexpr, GATED: gl.constexpr, PRECISE: gl
     Z1 = update(Z1, M2, M2_low, tiles[4], lows.index(4), 2, PRECISE)
     Z2 = update(Z2, M2, M2_low, tiles[5], lows.index(5), 2, PRECISE)
     return one_of_columns(Z0, Z1, Z2, Z3, layout)
-
-
-@gluon.jit
-def add(a, b):
-    return a + b
 
 
 @gluon.jit(do_not_specialize=["T", "N", "steps", "tokens"])

@@ -96,3 +96,32 @@ def masked(keep, x, dtype: gl.constexpr):
         return gl.inline_asm_elementwise(
             "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,r,r", [x], dtype=gl.float16, is_pure=True, pack=2
         )
+
+
+FORGOTTEN = gl.constexpr(-48.0)  # a power of two: what decays to less is left out where only states at the end are asked for; fp32 keeps 24 bits
+
+
+@gluon.jit
+def add(a, b):
+    return a + b
+
+
+@gluon.jit
+def remembered(G, length, chunks, BACKWARDS: gl.constexpr):
+    """How many of the last chunks still count for the state after them (backwards: of the first, for the gradient before them), and whether
+    a state from beyond all of them does. G holds the sums of log2 decay inside chunks. For the four warps before a program's roles begin.
+    """
+    line: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    j = gl.arange(0, 128, line)
+    count = chunks
+    total = 0.0
+    for start in range(0, chunks, 128):
+        c = start + j
+        inside = c < chunks
+        if not BACKWARDS:
+            c = chunks - 1 - c
+        decay = gl.load(G + gl.minimum(c * CHUNK + CHUNK - 1, length - 1), mask=inside, other=0.0)
+        sums = gl.associative_scan(decay, 0, add) + total
+        count = gl.minimum(count, gl.min(gl.where(sums < FORGOTTEN, start + j + 1, chunks), 0))
+        total += gl.sum(decay, 0)
+    return count, total >= FORGOTTEN
