@@ -13,13 +13,12 @@ from threading import local
 
 import torch
 from torch import Tensor
-from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from deltanet.kernels.hopper import chunk_backward_256, chunk_backward_kernel
 from deltanet.kernels.hopper.chunk_state import forward
 from deltanet.kernels.hopper.chunk_state_256 import forward_256
 from deltanet.kernels.hopper.chunk_transform import transform
+from deltanet.kernels.hopper.tensor_maps import tensor_map
 from deltanet.kernels.launch import LaunchConfig
 from deltanet.kernels.triton import chunk as portable
 from deltanet.kernels.triton import chunk_call
@@ -37,7 +36,6 @@ FORWARD = LaunchConfig(warps=4, stages=2, overlaps=True)  # warps of the first p
 REGISTERS = dict(STATE_REGISTERS=192, AUXILIARY_REGISTERS=104)
 WIDE = 256  # heads with a kernel of their own, whose programs take 64 columns of V, and all registers that a thread can have
 WIDE_REGISTERS = dict(OUTPUT_REGISTERS=232)
-SWIZZLED = gl.NVMMASharedLayout(128, 16, 2)
 
 
 class _Call(chunk_call.Call):
@@ -162,13 +160,8 @@ def _bind_context(device: torch.device) -> None:
         _bound.device = device
 
 
-def _matrix(x: Tensor, rows: int, width: int, block: int) -> TensorDescriptor:
-    """A tensor map of x as `[rows, width]`, in blocks of [64, block]."""
-    return TensorDescriptor(x, [rows, width], [width, 1], [CHUNK, block], SWIZZLED)
-
-
 def _transform(call: _Call, k, beta, g, b, G, X, X_low) -> None:
-    keys = _matrix(k, call.tokens, call.H * call.K, call.K)
+    keys = tensor_map(k, call.H * call.K, CHUNK, call.K)
     args = (keys, beta, *chunk_call.or_stand_in(beta, g), b, *chunk_call.or_stand_in(b, G), X, *chunk_call.or_stand_in(X, X_low), *_place(call, k))
     key = ("hopper transform", call.key)
     launch(transform, key, (call.parts(CHUNK) * call.HV, 1, 1), args, TRANSFORM, lambda: dict(
@@ -187,15 +180,15 @@ def _forward(
     """o, the final states, E and S where there is a place for them; with one for `transition` what each segment does to a state instead, and
     the former of each sequence's first.
     """
-    K, V, HV, tokens = call.K, call.V, call.HV, call.tokens
+    K, V, HV = call.K, call.V, call.HV
     columns = V if transition is None else V + K
     programs = (call.parts(call.segment) if call.segment else call.N) * (columns // call.columns)
-    keys = _matrix(k, tokens, call.H * K, K)
-    outputs = keys if o is None else _matrix(o, tokens, HV * V, 64)
-    errors = outputs if E is None else _matrix(E, tokens, HV * V, 64)
-    states = keys if S is None or S.numel() == 0 else _matrix(S, call.slots[0] * HV * V, K, min(K, 128))
+    keys = tensor_map(k, call.H * K, CHUNK, K)
+    outputs = keys if o is None else tensor_map(o, HV * V, CHUNK, 64)
+    errors = outputs if E is None else tensor_map(E, HV * V, CHUNK, 64)
+    states = keys if S is None or S.numel() == 0 else tensor_map(S, K, CHUNK, min(K, 128))
     args = (
-        _matrix(q, tokens, call.H * K, K), keys, _matrix(v, tokens, HV * V, call.columns), outputs, errors, states,
+        tensor_map(q, call.H * K, CHUNK, K), keys, tensor_map(v, HV * V, CHUNK, call.columns), outputs, errors, states,
         b, *chunk_call.or_stand_in(b, G), X, *chunk_call.or_stand_in(X, X_low), *chunk_call.or_stand_in(b, initial), *chunk_call.or_stand_in(v, o, E),
         *chunk_call.or_stand_in(b, final, transition), *_place(call, k), call.segment, *used, *(() if K == WIDE else (first_part,)), scale,
     )  # fmt: skip

@@ -17,10 +17,10 @@ from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from deltanet.kernels.hopper.chunk_backward_load import ALWAYS_0, widened
 from deltanet.kernels.hopper.chunk_state import ROWS, loader, prepare
+from deltanet.kernels.hopper.tensor_maps import tensor_map
 from deltanet.kernels.hopper.tiles import CHUNK, any_of_warp, find_part, remembered
 from deltanet.kernels.launch import LaunchConfig
 from deltanet.kernels.triton import chunk as portable
@@ -284,8 +284,9 @@ def find_ends(
     programs = (call.N if walk else call.parts(segment)) * HV * (V // columns)
     out = q.new_empty(call.parts(segment), HV, K, V, dtype=torch.float32)
     args = (
-        _tiles(q, H * K, K), _tiles(k, H * K, K), _tiles(do, HV * V, columns), b, b if G is None else G, X, X if X_low is None else X_low,
-        b if dfinal is None else dfinal, out, b if call.place[0] is None else call.place[0], *call.place[1:], segment, scale, 1.0 / scale,
+        tensor_map(q, H * K, CHUNK.value, K), tensor_map(k, H * K, CHUNK.value, K), tensor_map(do, HV * V, CHUNK.value, columns),
+        b, b if G is None else G, X, X if X_low is None else X_low, b if dfinal is None else dfinal, out,
+        b if call.place[0] is None else call.place[0], *call.place[1:], segment, scale, 1.0 / scale,
     )  # fmt: skip
     key = ("hopper ends", call.key, X_low is None, dfinal is None, walk)
     launch(ends_kernel, key, (programs, 1, 1), args, CONFIG, lambda: dict(
@@ -293,9 +294,3 @@ def find_ends(
         **REGISTERS, **call.sizes,
     ))  # fmt: skip
     return out
-
-
-def _tiles(x: Tensor, columns: int, width: int) -> TensorDescriptor:
-    """`x` as rows of `columns` elements, moved in tiles of 64 x width."""
-    rows = x.numel() // columns
-    return TensorDescriptor(x, [rows, columns], [columns, 1], [CHUNK.value, width], gl.NVMMASharedLayout(128, 16, 2))

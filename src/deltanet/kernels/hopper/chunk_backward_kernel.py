@@ -17,7 +17,6 @@ from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from deltanet.kernels.hopper.chunk_backward_ends import cut, segment_ends
 from deltanet.kernels.hopper.chunk_backward_gradients import gate_gradient, gradients
@@ -47,6 +46,7 @@ from deltanet.kernels.hopper.chunk_backward_load import (
 )
 from deltanet.kernels.hopper.chunk_backward_state import state
 from deltanet.kernels.hopper.chunk_rest import rest_of_X
+from deltanet.kernels.hopper.tensor_maps import tensor_map
 from deltanet.kernels.hopper.tiles import CHUNK, find_part
 from deltanet.kernels.launch import LaunchConfig
 from deltanet.kernels.triton import chunk_call
@@ -59,7 +59,6 @@ STATE_REGISTERS = 144  # of a thread of the state warpgroups; the gradient warpg
 STATE_REGISTERS_GATED = 160  # and 168
 DIMS = (64, 128)
 FEWEST = 32  # programs: with as many (2 x 2048 x 16) 0.158 ms, where the portable backward takes 0.227; fewer were not measured
-TILE = gl.NVMMASharedLayout(128, 16, 2)
 
 
 @gluon.jit(do_not_specialize=["N", "steps", "T", "tokens", "segment", "no_state", "scale", "inverse_scale"])
@@ -241,10 +240,10 @@ def backward(
     K, V, HV = call.K, call.V, call.HV
     grouped = HV != call.H
     parts = [q.new_empty(*dv.shape[:3], K) for _ in range(2)] if grouped else (dq, dk)
-    keys = [_tiles(x, call.H * K, CHUNK.value, K) for x in (q, k)] + [_tiles(x, HV * K, CHUNK.value, K) for x in parts]
-    values = [_tiles(x, HV * V, CHUNK.value, V) for x in (do, E, dv)]
-    states = _tiles(S if S.shape[0] else S.new_empty(1, *S.shape[1:]), K, V, K)
-    first = None if initial_state is None else _tiles(initial_state.transpose(2, 3).to(q.dtype).contiguous(), K, V, K)
+    keys = [tensor_map(x, call.H * K, CHUNK.value, K) for x in (q, k)] + [tensor_map(x, HV * K, CHUNK.value, K) for x in parts]
+    values = [tensor_map(x, HV * V, CHUNK.value, V) for x in (do, E, dv)]
+    states = tensor_map(S if S.shape[0] else S.new_empty(1, *S.shape[1:]), K, V, K)
+    first = None if initial_state is None else tensor_map(initial_state.transpose(2, 3).to(q.dtype).contiguous(), K, V, K)
     ragged = call.packed or call.T % CHUNK.value != 0
     X_low = dv if q.dtype in chunk_call.ROUNDING_COUNTS else None
     if X_low is not None:
@@ -267,9 +266,3 @@ def backward(
     if grouped:
         for gradient, part in zip((dq, dk), parts, strict=True):
             torch.sum(part.unflatten(2, (call.H, -1)), 3, out=gradient)
-
-
-def _tiles(x: Tensor, columns: int, height: int, width: int) -> TensorDescriptor:
-    """`x` as rows of `columns` elements, moved in tiles of height x width."""
-    rows = x.numel() // columns
-    return TensorDescriptor(x, [rows, columns], [columns, 1], [height, width], TILE)

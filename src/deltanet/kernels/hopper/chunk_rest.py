@@ -8,9 +8,9 @@ from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from deltanet.kernels.hopper.chunk_transform import solve_64
+from deltanet.kernels.hopper.tensor_maps import tensor_map
 from deltanet.kernels.hopper.tiles import CHUNK, any_of_warp, clear, find_part
 from deltanet.kernels.launch import LaunchConfig
 from deltanet.kernels.triton.compiled import launch
@@ -98,7 +98,7 @@ def rest(
 
 def rest_of_X(call, k: Tensor, b: Tensor, G: Tensor | None, X: Tensor, X_low: Tensor) -> None:
     """Write it over X_low `[B, T, HV, V]`: in the first 64 columns, or where V is cut, for each program of a head, in those it will write."""
-    keys = TensorDescriptor(k, [call.tokens, call.H * call.K], [call.H * call.K, 1], [CHUNK.value, call.K], gl.NVMMASharedLayout(128, 16, 2))
+    keys = tensor_map(k, call.H * call.K, CHUNK.value, call.K)
     copies = call.V // CHUNK.value if call.V > 128 else 1
     args = (keys, b, b if G is None else G, X, X_low, b if call.place[0] is None else call.place[0], *call.place[1:])
     grid = (-(-call.parts(CHUNK.value) // PLACES.value), call.HV, 1)
