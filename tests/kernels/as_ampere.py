@@ -17,6 +17,7 @@ _load = CompiledKernel._init_handles
 
 
 def _load_as_ptx(self) -> None:
+    assert ".target sm_80" in self.asm["ptx"], self.name
     self.kernel = self.asm["ptx"].encode()
     _load(self)
 
