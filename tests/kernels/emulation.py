@@ -125,8 +125,8 @@ def _sequence(q, k, v, beta, g, scale, S, do, dS, family) -> dict[str, Tensor]:
             M = (scale * dP).tril(-1) * (Qc @ Kc.mT) - dL * (Kc @ Kc.mT)
             dG = dG + M.sum(-1) - M.sum(-2)
         else:
-            # the same rounded numbers by rows and by columns; but for heads of 256, of dL what rounding left as well
-            p, m = r((scale * dP).tril()), r(dL) if wide else r(dL) + r(dL - r(dL))
+            # the same rounded numbers by rows and by columns, of dL what rounding left as well
+            p, m = r((scale * dP).tril()), r(dL) + r(dL - r(dL))
             dG = dG + (Qc * (p @ Kc)).sum(-1) - (Kc * (p.mT @ Qc)).sum(-1) - (Kc * (m @ Kc)).sum(-1) + (Kc * (m.mT @ Kc)).sum(-1)
         ends = by_new.sum(-1) + scale * last[:, 0, 0].exp() * (Sb * Db).sum((-1, -2))
         found = {

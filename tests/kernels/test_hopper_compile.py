@@ -30,8 +30,8 @@ SPILLS = {
     "hopper_backward-2-128-gated": 640,
     "hopper_backward-2-64-plain": 32,
     "hopper_backward-2-64-gated": 32,
-    "hopper_backward-2-256-plain": 320,
-    "hopper_backward-2-256-gated": 280,
+    "hopper_backward-2-256-plain": 120,
+    "hopper_backward-2-256-gated": 200,
 }
 FAST = [row for row in SPILLS if row.endswith("128-plain")]
 

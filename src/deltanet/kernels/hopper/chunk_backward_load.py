@@ -116,7 +116,7 @@ def load(
 
 @gluon.jit
 def load_rest(X_low, strength, head, place, bars, span, HV: gl.constexpr, V: gl.constexpr, REST: gl.constexpr):
-    """One warp: what rounding left of X, of chunks with a beta above 1, to `place`, where P was, once P is used."""
+    """One warp: what rounding left of X, of chunks with a beta above 1, to `place`, once that is free: at heads of 64 and 128 it is where P was."""
     if REST:
         chunks, rows, first = span
         wide: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [1, 1], [1, 0])

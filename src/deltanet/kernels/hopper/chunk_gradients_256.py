@@ -27,11 +27,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from deltanet.kernels.hopper.chunk_backward_gradients import add, masked, put
+from deltanet.kernels.hopper.chunk_backward_gradients import add, put
 from deltanet.kernels.hopper.chunk_backward_load import widened
-from deltanet.kernels.hopper.tiles import CHUNK, find_part
+from deltanet.kernels.hopper.tensor_maps import tensor_map
+from deltanet.kernels.hopper.tiles import CHUNK, find_part, masked
 from deltanet.kernels.launch import LaunchConfig
 from deltanet.kernels.triton import chunk_call
 from deltanet.kernels.triton.compiled import launch
@@ -39,11 +39,10 @@ from deltanet.kernels.triton.compiled import launch
 __all__ = ["gradients"]
 
 CONFIG = LaunchConfig(warps=4)
-KEYS_REGISTERS = 232  # of a thread of the keys' warpgroup
+KEYS_REGISTERS = 240  # of a thread of the keys' warpgroup
 COLUMNS = gl.constexpr(128)  # of K, of a piece of work
 ROWS = gl.constexpr(64)  # of V, of a slot
 SLOTS = gl.constexpr(3)
-TILE = gl.NVMMASharedLayout(128, 16, 2)
 # Barriers, by their place in one array
 LOADED = gl.constexpr(0)
 FREED = gl.constexpr(SLOTS.value)
@@ -261,7 +260,10 @@ def keys(
         if GATED:
             dL = dL * gl.exp2(gl.where(below, G_row[:, None] - G_column[None, :], float("-inf")))
             read = read * into[:, None]
-        sdL.store(masked(below, dL, dtype))
+        high = masked(below, dL, dtype)
+        sdL.index(0).store(high)
+        if GATED:  # dg is what is left of sums by rows and by columns of this, so what rounding left is used as well
+            sdL.index(1).store(masked(below, dL - widened(high), dtype))
         fence_async_shared()
         dK = dK * onward[:, None]
         j = n % SLOTS
@@ -270,11 +272,14 @@ def keys(
             new = gl.sum(widened(sD.index(j).load(acc_k)) * dK, 1)
         mbarrier.wait(bars.index(READY), turn)
         dK = warpgroup_mma(sdP.permute((1, 0)), sS.index(j), dK, is_async=True)
-        dK = warpgroup_mma(sdL.permute((1, 0)), sD.index(j), dK, is_async=True)
+        dK = warpgroup_mma(sdL.index(0).permute((1, 0)), sD.index(j), dK, is_async=True)
         if GATED:
+            dK = warpgroup_mma(sdL.index(1).permute((1, 0)), sD.index(j), dK, is_async=True)
             dK = warpgroup_mma_wait(0, deps=[dK])
             dG = -2 * gl.sum(widened(sD.index(j).load(acc_k)) * dK, 1)
-        dK = warpgroup_mma(sdL, sD.index(j), dK, is_async=True)
+        dK = warpgroup_mma(sdL.index(0), sD.index(j), dK, is_async=True)
+        if GATED:
+            dK = warpgroup_mma(sdL.index(1), sD.index(j), dK, is_async=True)
         dK = warpgroup_mma_wait(0, deps=[dK])
         mbarrier.arrive(bars.index(TAKEN), count=1)
         dK = dK - read
@@ -365,7 +370,7 @@ def gradients_kernel(
     sS = gl.allocate_shared_memory(dtype, [SLOTS, ROWS, COLUMNS], tile)
     sD = gl.allocate_shared_memory(dtype, [SLOTS, ROWS, COLUMNS], tile)
     sdP = gl.allocate_shared_memory(dtype, [CHUNK, CHUNK], tile)
-    sdL = gl.allocate_shared_memory(dtype, [CHUNK, CHUNK], tile)
+    sdL = gl.allocate_shared_memory(dtype, [2 if GATED else 1, CHUNK, CHUNK], tile)
     q_out = gl.allocate_shared_memory(dtype, [CHUNK, COLUMNS], tile)
     k_out = gl.allocate_shared_memory(dtype, [CHUNK, COLUMNS], tile)
     sums = gl.allocate_shared_memory(gl.float32, [4, CHUNK], gl.SwizzledSharedLayout(1, 1, 1, [0]))
@@ -404,14 +409,14 @@ def gradients(
     dg_parts = None if dg is None else b.new_empty(K // wide, *dg.shape)
     S, D = (x if x.shape[0] else x.new_empty(1, *x.shape[1:]) for x in (S, D))
     # the first chunk's state and the last one's gradient have no slot: they are given, or zero
-    first_S = None if initial is None else _tiles(initial.transpose(2, 3).to(q.dtype).contiguous(), K, wide)
-    last_D = None if dfinal is None else _tiles((dfinal / scale).transpose(2, 3).to(q.dtype).contiguous(), K, wide)
-    states, slopes = (_tiles(x, K, wide) for x in (S, D))
+    first_S = None if initial is None else tensor_map(initial.transpose(2, 3).to(q.dtype).contiguous(), K, CHUNK.value, wide)
+    last_D = None if dfinal is None else tensor_map((dfinal / scale).transpose(2, 3).to(q.dtype).contiguous(), K, CHUNK.value, wide)
+    states, slopes = (tensor_map(x, K, CHUNK.value, wide) for x in (S, D))
     ragged = call.packed or call.T % CHUNK.value != 0
     items = call.parts(CHUNK.value) * HV * (K // wide)
     args = (
-        *(_tiles(x, H * K, wide) for x in (q, k)), *(_tiles(x, HV * V, ROWS.value) for x in (do, E, dv)), states, slopes,
-        first_S or states, last_D or slopes, *(_tiles(x, HV * K, wide) for x in parts), *parts,
+        *(tensor_map(x, H * K, CHUNK.value, wide) for x in (q, k)), *(tensor_map(x, HV * V, CHUNK.value, ROWS.value) for x in (do, E, dv)),
+        states, slopes, first_S or states, last_D or slopes, *(tensor_map(x, HV * K, CHUNK.value, wide) for x in parts), *parts,
         b, *chunk_call.or_stand_in(b, G), partial, dbeta, *chunk_call.or_stand_in(b, dg_parts),
         *chunk_call.or_stand_in(b, call.place[0]), *call.place[1:], items, states.shape[0], slopes.shape[0], scale,
     )  # fmt: skip
@@ -426,8 +431,3 @@ def gradients(
     if grouped:
         for gradient, part in zip((dq, dk), parts, strict=True):
             torch.sum(part.unflatten(2, (H, -1)), 3, out=gradient)
-
-
-def _tiles(x: Tensor, columns: int, width: int) -> TensorDescriptor:
-    """`x` as rows of `columns` elements, moved in tiles of 64 x width."""
-    return TensorDescriptor(x, [x.numel() // columns, columns], [columns, 1], [64, width], TILE)

@@ -27,7 +27,7 @@ def rest(
     strength,  # [HV, tokens] fp32: beta
     G,  # [HV, tokens] fp32, GATED only
     X,  # [HV, tokens * 48], as the forward stored it
-    X_low,  # [tokens, HV, V] out: of each chunk 64 columns, COPIES times side by side
+    X_low,  # [tokens, HV, V] out: of each chunk 64 columns, COPIES times at equal distances
     cu_seqlens,
     N,
     steps,
@@ -93,13 +93,13 @@ def rest(
                 low = X_s.load(wide)
                 out = X_low + ((first + r) * HV + head)[:, None] * V + c[None, :]
                 for copy in gl.static_range(COPIES):
-                    gl.store(out + copy * CHUNK, low, mask=(r < rows)[:, None])
+                    gl.store(out + copy * (V // COPIES), low, mask=(r < rows)[:, None])
 
 
 def rest_of_X(call, k: Tensor, b: Tensor, G: Tensor | None, X: Tensor, X_low: Tensor) -> None:
     """Write it over X_low `[B, T, HV, V]`: in the first 64 columns, or where V is cut, for each program of a head, in those it will write."""
     keys = tensor_map(k, call.H * call.K, CHUNK.value, call.K)
-    copies = call.V // CHUNK.value if call.V > 128 else 1
+    copies = -(-call.V // 128)
     args = (keys, b, b if G is None else G, X, X_low, b if call.place[0] is None else call.place[0], *call.place[1:])
     grid = (-(-call.parts(CHUNK.value) // PLACES.value), call.HV, 1)
     launch(rest, ("hopper rest of X", call.key, copies), grid, args, CONFIG, lambda: dict(COPIES=copies, GATED=G is not None, **call.sizes))

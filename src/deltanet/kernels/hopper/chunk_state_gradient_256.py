@@ -24,9 +24,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from deltanet.kernels.hopper.chunk_backward_gradients import decay_between, masked, put, zero_rows
+from deltanet.kernels.hopper.chunk_backward_gradients import decay_between, zero_rows
 from deltanet.kernels.hopper.chunk_backward_load import (
     ALSO_0,
     ALWAYS_0,
@@ -47,7 +46,8 @@ from deltanet.kernels.hopper.chunk_backward_load import (
     widened,
 )
 from deltanet.kernels.hopper.chunk_backward_state import by_beta
-from deltanet.kernels.hopper.tiles import CHUNK, any_of_warp, find_part
+from deltanet.kernels.hopper.tensor_maps import tensor_map
+from deltanet.kernels.hopper.tiles import CHUNK, any_of_warp, find_part, masked
 from deltanet.kernels.launch import LaunchConfig
 from deltanet.kernels.triton import chunk_call
 from deltanet.kernels.triton.compiled import launch
@@ -58,14 +58,14 @@ CONFIG = LaunchConfig(warps=4)
 STATE_REGISTERS = 208  # of a thread of the state warpgroups; the auxiliary one then has 72. At 200 their products are serialised (C7512)
 COLUMNS = gl.constexpr(128)  # of V, of one program
 ROWS = gl.constexpr(64)  # of D^T, of one state warpgroup
-TILE = gl.NVMMASharedLayout(128, 16, 2)
+FREED_REST = USED_P  # what rounding left of X has a place of its own here, free from the beginning
 
 
 @gluon.jit
 def load(sources, tiles, bars, key_head, column, span, K: gl.constexpr, GATED: gl.constexpr, OUTPUT: gl.constexpr):
     """One warp. Tiles arrive by TMA; X and beta, whose places in memory no tile fits, by copies of 16 and 4 bytes."""
     q, k, do, E, X, strength, G = sources
-    sQ, sK, sdO, sE, sX, sB, sG, _, _, _ = tiles
+    sQ, sK, sdO, sE, sX, sB, sG, _, _, _, _ = tiles
     chunks, rows, first = span
     wide: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [1, 1], [1, 0])
     line: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
@@ -114,7 +114,7 @@ def load(sources, tiles, bars, key_head, column, span, K: gl.constexpr, GATED: g
 @gluon.jit
 def auxiliary(tiles, bars, partial, span, K: gl.constexpr, GATED: gl.constexpr, RAGGED: gl.constexpr, OUTPUT: gl.constexpr):
     """One warpgroup: P of each chunk; and the sums of both state warpgroups over V, which make dbeta."""
-    sQ, sK, sdO, _, _, _, sG, all_P, _, sR = tiles
+    sQ, sK, sdO, _, _, _, sG, all_P, _, sR, _ = tiles
     chunks, rows, _ = span
     dtype: gl.constexpr = sK.dtype
     acc: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, CHUNK, 16])
@@ -164,9 +164,9 @@ def state(
     INITIAL: gl.constexpr, REST: gl.constexpr, OUTPUT: gl.constexpr,
 ):  # fmt: skip
     """One warpgroup: 64 rows of D^T, the gradients of the new values, and what they do to D."""
-    all_Q, sK, sdO, sE, all_X, sB, sG, all_P, sD, sR = tiles
+    all_Q, sK, sdO, sE, all_X, sB, sG, all_P, sD, sR, sX_low = tiles
     D_out, dv, dv_at = outputs
-    column, slot, stored = places
+    column, slot, stored, past = places
     dfinal, dinitial, part = states
     chunks, rows, first = span
     dtype: gl.constexpr = sK.dtype
@@ -182,7 +182,12 @@ def state(
     else:
         D = gl.zeros([ROWS, K], gl.float32, acc_k)
     none = gl.zeros([ROWS, CHUNK], gl.float32, acc_c)
+    wide: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    r = gl.arange(0, CHUNK, gl.SliceLayout(1, wide))
+    c = gl.arange(0, ROWS, gl.SliceLayout(0, wide))
     rests = 0  # chunks so far with a beta above 1
+    if REST:
+        mbarrier.arrive(bars.index(FREED_REST), count=1)
     for back in range(chunks):
         i = chunks - 1 - back
         phase = back & 1
@@ -216,7 +221,6 @@ def state(
         G = warpgroup_mma_wait(1, deps=[G])
         if REST:
             careful = any_of_warp(gl.max(b, 0) > 1.0)
-            mbarrier.arrive(bars.index(USED_P), count=1, pred=careful)
         bG = gl.convert_layout((G * -b[None, :]).to(dtype), left_c)
         H = warpgroup_mma(bG, sX, G, is_async=True)
         if OUTPUT:
@@ -226,8 +230,9 @@ def state(
             if careful:
                 mbarrier.wait(bars.index(LOADED_REST), rests & 1)
                 fence_async_shared()
-                H = warpgroup_mma(bG, sP, H, is_async=True)
+                H = warpgroup_mma(bG, sX_low.index(here), H, is_async=True)
                 H = warpgroup_mma_wait(0, deps=[H])
+                mbarrier.arrive(bars.index(FREED_REST), count=1)
                 rests += 1
         mbarrier.arrive(bars.index(FREED_OUTS), count=1)
         mbarrier.arrive(bars.index(FREED_QUERIES), count=1)
@@ -236,15 +241,26 @@ def state(
             mbarrier.wait(bars.index(TAKEN_W), phase ^ 1)
             sR.slice(half * 4, 4, 0).store(sums)
         dW = H * sB.index(stage).load(tokens)[None, :]
+        if GATED:
+            new = gl.convert_layout((dW * -gl.exp2(decay.load(tokens))[None, :]).to(dtype), left_k)
+        else:
+            new = gl.convert_layout((-dW).to(dtype), left_k)
+        D = warpgroup_mma(new, keys, D, is_async=True)
         if OUTPUT:
             my_E.permute((1, 0)).store((dW * scale).to(dtype))  # E is used: dV leaves from its place
             fence_async_shared()
         mbarrier.arrive(bars.index(READY_W), count=1)
-        if GATED:
-            dW = dW * gl.exp2(decay.load(tokens))[None, :]
-        D = warpgroup_mma(gl.convert_layout((-dW).to(dtype), left_k), keys, D, is_async=True)
         if OUTPUT:
-            put(dv, dv_at, my_E, first + i * CHUNK, column + half * ROWS, HV * V, rows - i * CHUNK, RAGGED)
+            # of a chunk that is not full, its own rows; without a branch, which would cost registers: what is not wanted is masked, or written
+            # past the end of dv, which is nowhere
+            at = first + i * CHUNK
+            left = rows - i * CHUNK
+            if RAGGED:
+                mine = (r < left) & (left < CHUNK)
+                to = dv_at + (at.to(gl.int64) * (HV * V) + column + half * ROWS) + (r * (HV * V))[:, None] + c[None, :]
+                gl.store(to, my_E.load(wide), mask=mine[:, None])
+                at = gl.where(left < CHUNK, past, at)
+            tma.async_copy_shared_to_global(dv, [at, column + half * ROWS], my_E)
         D = warpgroup_mma_wait(0, deps=[D])
         if OUTPUT:
             tma.store_wait(0)
@@ -336,6 +352,9 @@ def state_gradient_kernel(
     sD = gl.allocate_shared_memory(dtype, [2, ROWS, K], swizzled)
     sX = gl.allocate_shared_memory(dtype, [1, CHUNK, CHUNK], swizzled)
     sP = gl.allocate_shared_memory(dtype, [1, CHUNK, CHUNK], swizzled)
+    sX_low = sX
+    if REST:
+        sX_low = gl.allocate_shared_memory(dtype, [1, CHUNK, CHUNK], swizzled)
     sB = gl.allocate_shared_memory(gl.float32, [2, CHUNK], plain)
     sG = sB
     if GATED:
@@ -355,21 +374,21 @@ def state_gradient_kernel(
     mbarrier.init(bars.index(READY_P), count=1)
     mbarrier.init(bars.index(READY_W), count=2)
     mbarrier.init(bars.index(TAKEN_W), count=1)
-    mbarrier.init(bars.index(USED_P), count=2)
+    mbarrier.init(bars.index(FREED_REST), count=2)
     mbarrier.init(bars.index(LOADED_REST), count=32)
 
-    tiles = (sQ, sK, sdO, sE, sX, sB, sG, sP, sD, sR)
+    tiles = (sQ, sK, sdO, sE, sX, sB, sG, sP, sD, sR, sX_low)
     span = (chunks, rows, first)
     sources = (q, k, do, E, X, strength, G)
     outputs = (D, dv, dv_at)
-    places = (column, ((first // CHUNK) * HV + head) * V + tile * COLUMNS, stored)
+    places = (column, ((first // CHUNK) * HV + head) * V + tile * COLUMNS, stored, tokens)
     states = (dfinal + end_at, dinitial + state_at, part)
     gl.warp_specialize([
         (auxiliary, (tiles, bars, partial, span, K, GATED, RAGGED, OUTPUT)),
         (state, (0, tiles, bars, outputs, places, states, span, scale, inverse_scale, K, V, HV, GATED, RAGGED, FINAL, INITIAL, REST, OUTPUT)),
         (state, (1, tiles, bars, outputs, places, states, span, scale, inverse_scale, K, V, HV, GATED, RAGGED, FINAL, INITIAL, REST, OUTPUT)),
         (load, (sources, tiles, bars, key_head, column, span, K, GATED, OUTPUT)),
-        (load_rest, (X_low + tile * COLUMNS, strength, head, sP, bars, span, HV, V, REST)),
+        (load_rest, (X_low + tile * COLUMNS, strength, head, sX_low, bars, span, HV, V, REST)),
     ], [4, 4, 1, 1], [STATE_REGISTERS, STATE_REGISTERS, 24, 24])  # fmt: skip
 
 
@@ -383,13 +402,13 @@ def state_gradient(
     for each 128 columns. Tensors are contiguous and aligned, scale is not 0.
     """
     K, V, HV = call.K, call.V, call.HV
-    keys = [_tiles(x, call.H * K, K) for x in (q, k)]
-    values = [_tiles(x, HV * V, 64) for x in (do, E)]
-    states = keys[0] if D is None or D.shape[0] == 0 else _tiles(D, K, K)
+    keys = [tensor_map(x, call.H * K, CHUNK.value, K) for x in (q, k)]
+    values = [tensor_map(x, HV * V, CHUNK.value, 64) for x in (do, E)]
+    states = keys[0] if D is None or D.shape[0] == 0 else tensor_map(D, K, CHUNK.value, K)
     ragged = call.packed or call.T % CHUNK.value != 0
     places = call.parts(call.segment) if split else call.N
     args = (
-        *keys, *values, states, values[0] if dv is None else _tiles(dv, HV * V, 64), *chunk_call.or_stand_in(do, dv, X_low), X, b,
+        *keys, *values, states, values[0] if dv is None else tensor_map(dv, HV * V, CHUNK.value, 64), *chunk_call.or_stand_in(do, dv, X_low), X, b,
         *chunk_call.or_stand_in(b, G, partial, dfinal, dinitial, call.place[0]), *call.place[1:], call.segment if split else 0, scale, 1.0 / scale,
     )  # fmt: skip
     key = ("hopper state gradient", call.key, ragged, dfinal is None, dinitial is None, split, dv is None)
@@ -397,8 +416,3 @@ def state_gradient(
         GATED=G is not None, RAGGED=ragged, INITIAL=dinitial is not None, FINAL=dfinal is not None, SPLIT=split, OUTPUT=dv is not None,
         REST=X_low is not None, STATE_REGISTERS=STATE_REGISTERS, **call.sizes,
     ))  # fmt: skip
-
-
-def _tiles(x: Tensor, columns: int, width: int) -> TensorDescriptor:
-    """`x` as rows of `columns` elements, moved in tiles of 64 x width."""
-    return TensorDescriptor(x, [x.numel() // columns, columns], [columns, 1], [64, width], TILE)
