@@ -5,7 +5,7 @@
     D <- e^(G_last) D + Q^T (e^G dO) - K^T (e^G dV)
 
 D is carried divided by scale, so that dO and Q enter the products as they lie in memory; D of every chunk's end goes to memory so, for
-triton/chunk_gradients.py, which makes dq, dk and dg out of it. All of a head's gradients in one launch, as heads of 64 and 128 have
+chunk_gradients_256.py, which makes dq, dk and dg out of it. All of a head's gradients in one launch, as heads of 64 and 128 have
 them (chunk_backward_kernel.py), would need 500 KiB of shared memory here.
 
 One program owns 128 columns of V of a value head of a sequence, from its last chunk to its first. Two state warpgroups have 64 rows of D^T
