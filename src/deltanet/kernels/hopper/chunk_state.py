@@ -25,7 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_wait
 
-from deltanet.kernels.hopper.tiles import CHUNK, any_of_warp, clear, find_part, masked, power_of_2, remembered
+from deltanet.kernels.hopper.tiles import CHUNK, any_of_warp, clear, find_part, masked, power_of_2, without_forgotten
 
 ROWS = gl.constexpr(64)  # columns of V that one state warpgroup owns: rows of S^T
 
@@ -410,13 +410,7 @@ def forward(
     begin += before * CHUNK
     if GATED and not OUTPUT:
         gdc_wait()
-        kept, passed_on = remembered(G + head.to(gl.int64) * tokens + begin, (end - begin).to(gl.int32), chunks, False)
-        if identity < 0:
-            begin += (chunks - kept) * CHUNK
-            chunks = kept
-        elif not passed_on:  # nothing of a state is left: zeros
-            identity += 1 << 16
-            chunks = chunks * 0
+        begin, chunks, identity = without_forgotten(G + head.to(gl.int64) * tokens, begin, end, chunks, identity)
     length = (end - begin).to(gl.int32)
     along = head.to(gl.int64) * tokens + begin
     row0 = begin.to(gl.int32)

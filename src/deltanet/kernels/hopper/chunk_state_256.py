@@ -29,7 +29,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.language.extra.cuda import gdc_wait
 
 from deltanet.kernels.hopper.chunk_state import loader, store_tile
-from deltanet.kernels.hopper.tiles import CHUNK, any_of_warp, clear, find_chunks, needed, power_of_2
+from deltanet.kernels.hopper.tiles import CHUNK, any_of_warp, clear, find_chunks, needed, power_of_2, without_forgotten
 
 ROWS = gl.constexpr(64)  # columns of V of a program: rows of S^T
 
@@ -161,7 +161,7 @@ def output(
     x_next = gl.load(X + x_at, mask=x_in & (xr < length)[:, None], other=0.0)
     b_next = gl.load(strength + t1, mask=t1 < length, other=0.0)
     if GATED:
-        last_next = gl.load(G + gl.minimum(length, CHUNK) - 1)
+        last_next = gl.load(G + gl.minimum(length, CHUNK) - 1, mask=length > 0, other=0.0)
         G_next = gl.load(G + t1, mask=t1 < length, other=0.0)
 
     for t in range(chunks):
@@ -297,6 +297,9 @@ def forward_256(
     no_slot = (begin // CHUNK).to(gl.int32) - 1
     first_slot = no_slot + before
     begin += before * CHUNK
+    if GATED and not OUTPUT:
+        gdc_wait()
+        begin, chunks, identity = without_forgotten(G + head.to(gl.int64) * tokens, begin, end, chunks, identity)
     length = (end - begin).to(gl.int32)
     along = head.to(gl.int64) * tokens + begin
     given = (place.to(gl.int64) * HV + head) * (K * V) + tile * ROWS

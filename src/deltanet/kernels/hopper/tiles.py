@@ -125,3 +125,16 @@ def remembered(G, length, chunks, BACKWARDS: gl.constexpr):
         count = gl.minimum(count, gl.min(gl.where(sums < FORGOTTEN, start + j + 1, chunks), 0))
         total += gl.sum(decay, 0)
     return count, total >= FORGOTTEN
+
+
+@gluon.jit
+def without_forgotten(G, begin, end, chunks, identity):
+    """Of a segment, whose end alone is asked for: first token, chunks and identity (below 0: it starts from zero) without what a gate forgets."""
+    kept, passed_on = remembered(G + begin, (end - begin).to(gl.int32), chunks, False)
+    if identity < 0:
+        begin += (chunks - kept) * CHUNK
+        chunks = kept
+    elif not passed_on:  # nothing of a state is left: zeros
+        identity += 1 << 16
+        chunks = chunks * 0
+    return begin, chunks, identity
