@@ -4,6 +4,7 @@ Both families work on what is described here, so that either backward runs behin
 """
 
 from functools import cache
+from itertools import count
 from typing import Self
 
 import torch
@@ -58,7 +59,7 @@ class Call:
         gate = None if g is None else g.dtype
         large = max(self.tokens, self.N) >= 2**31
         kind = (q.device, q.dtype, v.dtype, beta.dtype, gate, self.H, self.HV, self.K, self.V, bounds, large)
-        self.key = _kinds.setdefault(kind, len(_kinds))  # a number, which is looked up in less time
+        self.key = _kinds.setdefault(kind, next(_numbers))  # a number, which is looked up in less time; threads never draw the same one
 
     def memory(self, q: Tensor, v: Tensor, g: Tensor | None, save: str) -> tuple[list[Tensor], tuple]:
         """What the forward keeps, as empty tensors, and X, b, G, M, E, S, of which it keeps none under "nothing"."""
@@ -75,6 +76,7 @@ class Call:
 
 _calls: dict[tuple, Call] = {}
 _kinds: dict[tuple, int] = {}
+_numbers = count()
 
 
 def saved(
