@@ -226,7 +226,7 @@ def hopper_forward_calls(D: int, *, gated: bool):
         o = torch.empty_like(v)
         chunk._forward(call, *inputs, given, o, E, S, given, 1.0, final_of=2 if segment else int(packed))
         if segment:
-            outputs = (None, None, None) if packed or D == chunk.WIDE else (o, E, S)
+            outputs = (None, None, None) if packed or gated or D == chunk.WIDE else (o, E, S)
             chunk._forward(call, *inputs, None, *outputs, state, 1.0, final_of=1, transition=state)
 
     bf16, fp16, all_columns = torch.bfloat16, torch.float16, 64 if D == chunk.WIDE else D
