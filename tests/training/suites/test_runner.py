@@ -223,9 +223,7 @@ def test_regbench_is_the_second_authors_protocol() -> None:
     delta, attention = SUITES["regbench"].cells(grid, "float32")
     assert (delta.learning_rate, attention.learning_rate) == (2.54e-4, 3e-4)
     assert (delta.config.feed_forward_width, attention.config.feed_forward_width) == (320, 512)
-    assert (delta.config.positions, attention.config.positions) == (0, 512)
-    assert (delta.config.attention_dropout, attention.config.attention_dropout) == (0.0, 0.1)
-    assert (attention.config.mixer.heads, attention.config.mixer.rotary) == (2, False)
+    assert (attention.config.mixer.heads, attention.config.mixer.rotary, attention.config.positions) == (2, True, 0)
     assert {cell.learning_rate for cell in SUITES["regbench"].cells(replace(grid, learning_rates=(1e-3,)), "float32")} == {1e-3}
 
 
