@@ -5,7 +5,8 @@ installed, and with each in TRITON_FOLDERS, where `make test` puts the oldest th
 
     TRITON_FOLDERS=/path/to/triton-3.6.0:/path/to/another python -m pytest -m slow tests/kernels/test_hopper_compile.py
 
-Shown to fail: STATE_REGISTERS = 136 (serialised), ALWAYS_0 = ALSO_0 = 31, which the compiler sees to be 0 (spills), two stages of S (memory).
+Shown to fail: STATE_REGISTERS = 136, at heads of 256 200 (serialised), ALWAYS_0 = ALSO_0 = 31, which the compiler sees to be 0 (spills), two
+stages of S (memory).
 """
 
 from functools import cache
