@@ -41,7 +41,7 @@ SPILLS: dict[tuple[int, str], dict[str, int]] = {
     (80, "chunk-2-64-plain"): {"gradients": 1136},
     (80, "chunk-2-64-gated"): {"transform": 100, "gradients": 760},
     (80, "chunk-2-128-plain"): {"forward": 48, "state_gradient": 16, "gradients": 944},
-    (80, "chunk-2-128-gated"): {"forward": 104, "state_gradient": 320, "gradients": 1320},
+    (80, "chunk-2-128-gated"): {"transform": 40, "forward": 104, "state_gradient": 320, "gradients": 1320},
     (80, "chunk-2-256-plain"): {"forward": 112, "gradients": 1326},
     (80, "chunk-2-256-gated"): {"transform": 56, "forward": 400, "gradients": 1432},
     **{(80, f"chunk-4-64-{rule}"): {"transform": 244, "forward": 2492, "state_gradient": 748, "gradients": 7100} for rule in ("plain", "gated")},
