@@ -1,10 +1,11 @@
 """The chunked operator on Hopper: which kernels run, in what order.
 
     forward     transform -> X, beta in fp32, G;     forward -> o, final state, and for the backward E and the chunk states S
-    backward    (bf16) rest -> what rounding X left, where betas are above 1;     backward_kernel -> every gradient
+    backward    rest -> what rounding X left, where betas are above 1;     backward_kernel -> every gradient
                 heads of 256: state_gradient -> dv, D;     gradients -> the others (chunk_backward_256.py)
 
-Where sequences are cut into segments a launch and a chain over them come before `forward`, and before `backward_kernel`.
+Where sequences are cut into segments a launch and a chain over them come before `forward`, and before `backward_kernel` the gradient of the
+state at their ends is found, which may cut sequences that the forward did not (chunk_backward_ends.py).
 What is saved is what the portable family saves (kernels/triton/chunk_call.py), so that its backward can run behind this forward, which it
 does where this family has none; the chain over segments, and the states that "lean" computes again, are borrowed from it too.
 """
