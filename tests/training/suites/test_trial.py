@@ -264,8 +264,9 @@ def test_an_evaluation_is_replayed_with_the_weights_of_the_moment(model: str) ->
     one = trial(replace(cell, recipe=replace(cell.recipe, epochs=4)), torch.device("cuda"), True)
     seen = []
     for _ in filter(None, one.run()):  # after the second evaluation there is a graph of it
-        found, expected = one._predict("test").clone(), one._predict_now(one.tests["test"])
-        assert torch.equal(found, expected)
+        with one._on_stream():  # where both are made, and so when they are there
+            found, expected = one._predict("test").clone(), one._predict_now(one.tests["test"])
+            assert torch.equal(found, expected)
         seen.append(found)
     assert set(one.evaluations) == {"test"}
     assert any(not torch.equal(a, b) for a, b in itertools.pairwise(seen))
