@@ -5,8 +5,8 @@ installed, and with each in TRITON_FOLDERS, where `make test` puts the oldest th
 
     TRITON_FOLDERS=/path/to/triton-3.6.0:/path/to/another python -m pytest -m slow tests/kernels/test_hopper_compile.py
 
-Shown to fail: STATE_REGISTERS = 136, at heads of 256 200 (serialised), ALWAYS_0 = ALSO_0 = 31, which the compiler sees to be 0 (spills), two
-stages of S (memory).
+Shown to fail: STATE_REGISTERS = 136, at heads of 256 200, and all of S as a register operand in their forward (serialised), ALWAYS_0 = ALSO_0 =
+31, which the compiler sees to be 0 (spills), two stages of S, in their gated forward two places of G (memory).
 """
 
 from functools import cache
