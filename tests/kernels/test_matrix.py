@@ -108,13 +108,13 @@ def run(cell: dict, family: str = "triton", D: int | None = None, T: int | None 
     return errors
 
 
-def check(errors: dict[str, tuple[float, float]], cell: dict) -> None:
+def check(errors: dict[str, tuple[float, float]], cell: dict, repeated: float = 1.3) -> None:
     # Under strong decay dg is what is left of terms as large as dq, and sums of g near -600 a chunk lose 1e-5 of an exponent in fp32.
     noise = {"dg": 5e-3 if cell["gate"] == "strong" else 1e-4}
-    # Repeated keys at beta 2 neither grow nor die out: errors wander, and two pipelines that round alike need not wander alike.
+    # One key repeated at betas up to 2: errors neither grow nor die out. The portable kernels are within 1.15 there too (commit 4fdcf57).
     wander = cell["keys"] == "identical" and cell["beta"] in ("2", "to 2")
     for name, (ours, emulated) in errors.items():
-        assert ours <= (2.0 if wander else 1.3) * emulated + noise.get(name, 1e-5), (name, ours, emulated, cell)
+        assert ours <= (repeated if wander else 1.3) * emulated + noise.get(name, 1e-5), (name, ours, emulated, cell)
 
 
 @pytest.mark.gpu
@@ -133,7 +133,7 @@ def test_cell_on_hopper(number: int, record_property) -> None:
     cell = sample(192)[number]
     errors = run(cell, "hopper")
     record_property("errors", errors)
-    check(errors, cell)
+    check(errors, cell, repeated=2.0)
 
 
 @pytest.mark.skipif(ON_GPU, reason="the matrix itself runs here")
