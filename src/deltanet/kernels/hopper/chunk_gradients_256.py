@@ -39,7 +39,8 @@ from deltanet.kernels.triton.compiled import launch
 __all__ = ["gradients"]
 
 CONFIG = LaunchConfig(warps=4)
-KEYS_REGISTERS = 240  # of a thread of the keys' warpgroup
+KEYS_REGISTERS = 232  # of a thread of the keys' warpgroup; the queries' one then has 248
+KEYS_REGISTERS_GATED = 240  # and 240
 COLUMNS = gl.constexpr(128)  # of K, of a piece of work
 ROWS = gl.constexpr(64)  # of V, of a slot
 SLOTS = gl.constexpr(3)
@@ -420,11 +421,12 @@ def gradients(
         b, *chunk_call.or_stand_in(b, G), partial, dbeta, *chunk_call.or_stand_in(b, dg_parts),
         *chunk_call.or_stand_in(b, call.place[0]), *call.place[1:], items, states.shape[0], slopes.shape[0], scale,
     )  # fmt: skip
+    registers = KEYS_REGISTERS if G is None else KEYS_REGISTERS_GATED
     key = ("hopper gradients", call.key, ragged, initial is None, dfinal is None, partial.shape[0])
     programs = min(items, chunk_call.multiprocessors(q.device) or items)
     launch(gradients_kernel, key, (programs, 1, 1), args, CONFIG, lambda: dict(
         PARTIALS=partial.shape[0], GATED=G is not None, RAGGED=ragged, INITIAL=initial is not None, FINAL=dfinal is not None,
-        KEYS_REGISTERS=KEYS_REGISTERS, **call.sizes,
+        KEYS_REGISTERS=registers, **call.sizes,
     ))  # fmt: skip
     if dg is not None:
         torch.sum(dg_parts, 0, out=dg) if dg.dtype == torch.float32 else dg.copy_(dg_parts.sum(0))
