@@ -104,7 +104,7 @@ def prepare(
     x_next = gl.load(X + at * 48 + x_at, mask=x_in & (xr < rows)[:, None], other=0.0)
     b_next = gl.load(strength + at + t1, mask=t1 < rows, other=0.0)
     if GATED:
-        last_next = gl.load(G + gl.minimum(length, at + CHUNK) - 1)
+        last_next = gl.load(G + gl.minimum(length, at + CHUNK) - 1, mask=length > 0, other=0.0)  # an empty sequence has no last token
         G_next = gl.load(G + at + t1, mask=t1 < rows, other=0.0)
 
     for t in range(chunks):
