@@ -50,8 +50,10 @@ def test_the_identity_adds_the_normalised_stream() -> None:
         torch.testing.assert_close(model.body(x), expected)
 
 
-def test_dropout_of_attention_is_of_its_weights() -> None:
+@pytest.mark.parametrize("rotary", [False, True])
+def test_dropout_of_attention_is_of_its_weights(rotary: bool) -> None:
     config = replace(cell("64x4", "attention", 16).config, vocab_size=8, depth=1, attention_dropout=0.25)
+    config = replace(config, mixer=replace(config.mixer, rotary=rotary))
     block = SuiteModel(config).layers[0].double()
     x = torch.randn(2, 64, 16, dtype=torch.float64)
     every = torch.ones(2, 1, 64, 64, dtype=torch.bool)
@@ -78,7 +80,7 @@ def test_dropout_of_attention_is_drawn_in_training_alone() -> None:
     assert torch.equal(trial.model(sets.inputs[rows]), trial.model(sets.inputs[rows]))
 
 
-@pytest.mark.parametrize("other", [{"rotary": True}, {"window": 3}, {"heads": 2, "kv_heads": 1}, None])
+@pytest.mark.parametrize("other", [{"window": 3}, {"heads": 2, "kv_heads": 1}, None])
 def test_dropout_of_attention_is_refused_where_it_would_do_nothing(other) -> None:
     config = cell("64x4", "attention", 16).config
     mixer = replace(config.mixer, **other) if other else cell("64x4", "gla", 16).config.mixer

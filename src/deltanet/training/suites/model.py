@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deltanet.layers import Attention, AttentionConfig, FeedForward, Mixer, RMSNorm
+from deltanet.layers.rotary import positions, rotate
 from deltanet.models.language_model import MixerConfig, check_fits, init_weights
 
 __all__ = ["Kept", "SuiteModel", "SuiteModelConfig"]
@@ -52,7 +53,7 @@ class SuiteModelConfig:
     dropout: float = 0.0
     """Share of the embeddings' numbers that are zero in a training step."""
     attention_dropout: float = 0.0
-    """Share of the weights of attention without rotary positions, window and grouped heads that are zero in a training step."""
+    """Share of the weights of attention without window and grouped heads that are zero in a training step."""
     positions: int = 0
     """Longest sequence for which positions are learned; 0: none are."""
     decoder: bool = False
@@ -74,14 +75,9 @@ class SuiteModelConfig:
                 raise ValueError(f"{name} must be at least 0 and below 1, got {getattr(self, name)}")
         if self.attention_dropout:
             layer = self.mixer
-            if (
-                not isinstance(layer, AttentionConfig)
-                or layer.rotary
-                or layer.window
-                or layer.kv_heads not in (None, layer.heads)
-            ):
+            if not isinstance(layer, AttentionConfig) or layer.window or layer.kv_heads not in (None, layer.heads):
                 raise ValueError(
-                    f"attention_dropout must be 0 but for attention without rotary positions, window and kv_heads, got {layer}"
+                    f"attention_dropout must be 0 but for attention without window and kv_heads, got {layer}"
                 )
         check_fits(self.mixer, self.d_model)
 
@@ -129,9 +125,11 @@ class _Block(nn.Module):
         """The mixer, an attention, written out: torch's own draws what it drops by a generator that all trials share."""
         layer = self.mixer
         assert isinstance(layer, Attention)
-        q, k, v = (
-            p(x).unflatten(-1, (-1, layer.head_dim)).transpose(1, 2) for p in (layer.q_proj, layer.k_proj, layer.v_proj)
-        )
+        q, k, v = (p(x).unflatten(-1, (-1, layer.head_dim)) for p in (layer.q_proj, layer.k_proj, layer.v_proj))
+        if layer.config.rotary:
+            place = positions(x.shape[1], None, None, x.device)
+            q, k = (rotate(z, place, layer.config.rope_theta) for z in (q, k))
+        q, k, v = (z.transpose(1, 2) for z in (q, k, v))
         later = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).triu(1)
         scores = (q @ k.mT).float().masked_fill(later, -torch.inf) * layer.head_dim**-0.5
         weights = scores.softmax(-1) * kept / self.share_kept
