@@ -85,7 +85,7 @@ class SuiteOptions:
     batch_size: int | None = None
     """Examples of one step."""
     minutes: float | None = None
-    """Stop after so long; what is under way is shown as stopped, and begun anew by the next call."""
+    """Stop after so long; what is under way is shown as stopped, and the next call goes on with it."""
     until_solved: bool = False
     """Leave out further learning rates of a model once one has reached the protocol's threshold."""
     together: int | None = None

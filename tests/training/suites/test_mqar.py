@@ -21,10 +21,10 @@ def cell(task: str, model: str, width: int) -> Cell:
     ("model", "depth", "heads", "norm", "feed_forward", "dropout", "positions"),
     [
         ("deltanet-noconv", 4, 2, "layer", "identity", 0.1, 0),
-        ("gla", 4, 2, "layer", "identity", 0.1, 0),
-        ("retnet", 4, 2, "layer", "identity", 0.1, 0),
+        ("gla", 2, 2, "layer", "identity", 0.1, 0),
+        ("retnet", 2, 2, "layer", "identity", 0.1, 0),
         ("attention", 2, 1, "layer", "identity", 0.1, 512),
-        ("mamba", 4, None, "rms", "none", 0.0, 0),
+        ("mamba", 2, None, "rms", "none", 0.0, 0),
     ],
 )
 def test_models_of_the_protocol(model, depth, heads, norm, feed_forward, dropout, positions) -> None:
@@ -33,8 +33,22 @@ def test_models_of_the_protocol(model, depth, heads, norm, feed_forward, dropout
     assert (config.feed_forward, config.dropout, config.positions) == (feed_forward, dropout, positions)
     assert config.attention_dropout == (0.1 if model == "attention" else 0.0)
     assert config.tie_embeddings
+    assert config.init == ("mamba" if model == "mamba" else "scaled")
     assert not getattr(config.mixer, "rotary", False)
     assert getattr(config.mixer, "gate_divisor", 128.0) == 128.0
+
+
+def test_mamba_begins_as_its_authors_do() -> None:
+    """state-spaces/mamba: nn.Linear's own beginning, what is written to the residual stream divided by sqrt(depth), embeddings N(0, 0.02)."""
+    model = SuiteModel(replace(cell("64x4", "mamba", 64).config, depth=4))
+    model.init_weights(torch.Generator().manual_seed(0))
+    layer = model.layers[3].mixer
+    for module, limit in ((layer.in_proj, 64**-0.5), (layer.x_proj, 128**-0.5), (layer.o_proj, (4 * 128) ** -0.5)):
+        assert module.weight.abs().max().item() == pytest.approx(limit, rel=0.01)
+    assert layer.dt_proj.weight.abs().max().item() == pytest.approx(layer.step_rank**-0.5, rel=0.05)
+    assert 1e-3 <= torch.nn.functional.softplus(layer.dt_proj.bias).min() <= torch.nn.functional.softplus(layer.dt_proj.bias).max() <= 0.1
+    assert model.lm_head.weight is model.embeddings.weight
+    assert model.embeddings.weight.std().item() == pytest.approx(0.02, rel=0.01)
 
 
 def test_the_identity_adds_the_normalised_stream() -> None:

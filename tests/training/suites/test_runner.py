@@ -40,15 +40,70 @@ def test_side_by_side_is_as_one_by_one(tmp_path) -> None:
     assert scores[0] == scores[1]
 
 
-def test_time_over_writes_down_what_is_under_way_and_the_next_call_begins_it_anew(store: Store) -> None:
+def test_time_over_writes_down_where_cells_stand_and_the_next_call_goes_on(store: Store) -> None:
     cells = tiny(rates=(1e-2, 1e-3), epochs=2000)
     assert train(cells, store, minutes=0.02) == "time"
     (outcome,) = store.outcomes()
     assert outcome["status"] == "stopped"
     assert 0 < outcome["epochs"] < 2000
+    standing = store.standing(cells[0])
+    assert standing is not None
+    assert standing[1]["done"] >= outcome["steps"]
     watcher = Watching()
     assert train(cells, store, watcher, minutes=0.02) == "time"
     assert watcher.kept == 0
+    assert watcher.progress is not None
+    assert watcher.progress.work == pytest.approx(sum(cell.work for cell in cells) - cells[0].work * outcome["steps"] / 8000)
+    assert watcher.progress.tokens <= 8000 * cells[0].recipe.batch_size * 12
+    epochs = [found.epoch for name, found in watcher.evaluations if name == cells[0].name]
+    assert epochs[0] == outcome["epochs"] + 1
+
+
+def test_a_cell_that_was_stopped_ends_as_if_it_was_not(tmp_path, monkeypatch) -> None:
+    cells = tiny(epochs=6)
+    scores = []
+    for stops in (0, 3):
+        store = Store(tmp_path / str(stops), "mqar")
+        for _ in range(stops):
+            assert train(cells, store, minutes=1e-9) == "time"  # after one turn
+            assert store.standing(cells[0]) is not None
+        assert train(cells, store) == "finished"
+        scores.append([(o["scores"], o["best"], o["loss"], o["epochs"], o["steps"]) for o in store.outcomes()])
+        assert store.standing(cells[0]) is None
+        assert not list(store.cells.glob("*.safetensors*"))
+    assert scores[0] == scores[1]
+
+
+def test_where_a_cell_stands_is_kept_now_and_then(store: Store, monkeypatch) -> None:
+    monkeypatch.setattr("deltanet.training.suites.runner.KEEP_EVERY", 0.0)
+    cells, seen = tiny(epochs=3), []
+    train(cells, store, Watching(after=lambda cell, found: seen.append(store.standing(cell))))
+    assert seen[0] is None
+    assert [standing[1]["done"] for standing in seen[1:]] == [4, 8]
+
+
+@pytest.mark.parametrize("how", ["another cell", "other settings", "cut off", "no tensors"])
+def test_where_a_cell_stands_is_refused_if_it_was_altered(store: Store, how: str) -> None:
+    cells = tiny(rates=(1e-2, 1e-3), epochs=6)
+    train(cells[:1], store, minutes=1e-9)
+    path = store.cells / f"{cells[0].name}.safetensors"
+    asked = cells[0]
+    if how == "another cell":
+        asked = cells[1]
+        path = path.rename(store.cells / f"{asked.name}.safetensors")
+    elif how == "other settings":
+        asked = replace(asked, recipe=replace(asked.recipe, beta2=0.9))
+    elif how == "cut off":
+        path.write_bytes(path.read_bytes()[:-100])
+    else:
+        store.keep(asked, {"loss": torch.zeros(())}, {"done": 4, "seconds": 1.0, "history": []})
+    before, watcher = path.read_bytes(), Watching()
+    assert train([asked], store, watcher) == "failed"
+    assert watcher.failures[asked.name].startswith("ValueError: ")
+    assert asked.name in watcher.failures[asked.name]
+    assert path.read_bytes() == before
+    store.remove(asked)
+    assert train([asked], store) == "finished"
 
 
 def test_an_interrupted_grid_goes_on(store: Store, monkeypatch) -> None:

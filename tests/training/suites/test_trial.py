@@ -1,6 +1,7 @@
 """A cell's training: which places it learns, by which rates, and that the same cell gives the same bits."""
 
 import itertools
+import json
 from dataclasses import replace
 from functools import cache
 
@@ -128,6 +129,58 @@ def test_a_small_task_is_learned() -> None:
     one = trial(replace(cell, recipe=replace(cell.recipe, epochs=60, shuffle=True), config=config))
     *_, last = [x for x in one.run() if x]
     assert last.loss < 0.2
+
+
+def ends(one: Trial) -> tuple[torch.Tensor, list[tuple[float, dict[str, float]]]]:
+    """Trains on to the end: the weights, and what the evaluations found."""
+    list(one.run())
+    return weights(one), [(found.loss, found.scores) for found in one.history]
+
+
+@pytest.mark.parametrize("turns", [1, 3, 4, 5, 7])
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_a_trial_goes_on_where_another_stood(monkeypatch, turns: int, shuffle: bool) -> None:
+    """Three turns an epoch: amid one, between its last step and its evaluation, after that, and at the end."""
+    monkeypatch.setattr("deltanet.training.suites.trial.BURST", 2)
+    cell = tiny(shuffle=shuffle, epochs=3)[0]
+    first = trial(cell)
+    run = first.run()
+    for _ in range(turns):
+        next(run)
+    tensors, values = first.state()
+    second = trial(cell)
+    second.restore(tensors, json.loads(json.dumps(values)))
+    assert second.done == first.done == sum(x.epoch < 3 for x in first.history) * 4 + {1: 2, 3: 0, 4: 2, 5: 4, 7: 2}[turns]
+    whole, gone_on = ends(trial(cell)), ends(second)
+    assert torch.equal(gone_on[0], whole[0])
+    assert gone_on[1] == whole[1]
+    assert torch.equal(first.state()[0]["weights.embeddings.weight"], tensors["weights.embeddings.weight"])  # a copy of its own
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tensors, values: values.update(done=10**9), "done must be between 1 and 8 steps, got 1000000000"),
+        (lambda tensors, values: values.update(history=[{"epoch": 1}]), "history must be evaluations"),
+        (lambda tensors, values: values.pop("history"), "history must be evaluations"),
+        (lambda tensors, values: tensors.pop("exp_avg.norm.weight"), "exp_avg.norm.weight must be"),
+        (lambda tensors, values: tensors.update({"weights.norm.weight": torch.ones(3)}), "weights.norm.weight must be"),
+        (lambda tensors, values: tensors.update({"weights.other": torch.ones(3)}), "weights.other must be None"),
+        (lambda tensors, values: tensors.update(generator=torch.ones(3)), "generator must be the state of one on cpu"),
+        (lambda tensors, values: tensors.pop("generator"), "generator must be the state of one on cpu"),
+    ],
+)
+def test_a_state_that_does_not_fit_is_refused(change, message: str) -> None:
+    cell = tiny()[0]
+    first, second = trial(cell), trial(cell)
+    next(first.run())
+    tensors, values = first.state()
+    change(tensors, values)
+    before = weights(second)
+    with pytest.raises(ValueError, match=message):
+        second.restore(tensors, values)
+    assert second.done == 0
+    assert torch.equal(weights(second), before)
 
 
 @pytest.mark.slow
@@ -271,6 +324,25 @@ def test_an_evaluation_is_replayed_with_the_weights_of_the_moment(model: str) ->
     assert set(one.evaluations) == {"test"}
     assert any(not torch.equal(a, b) for a, b in itertools.pairwise(seen))
     one.close()
+
+
+@pytest.mark.gpu
+def test_a_graph_goes_on_where_another_stood() -> None:
+    cell = tiny(shuffle=True, epochs=4)[0]
+    cell = replace(cell, config=replace(cell.config, d_model=64, dropout=0.5))
+    whole, first, second = (trial(cell, torch.device("cuda")) for _ in range(3))
+    list(whole.run())
+    run = first.run()
+    while len(first.history) < 2:
+        next(run)
+    next(run)
+    second.restore(*first.state())
+    list(second.run())
+    assert second.graph is not None
+    assert torch.equal(weights(second), weights(whole))
+    assert [found.loss for found in second.history] == [found.loss for found in whole.history]
+    for one in (whole, first, second):
+        one.close()
 
 
 @pytest.mark.gpu

@@ -24,7 +24,7 @@ __all__ = ["Kept", "SuiteModel", "SuiteModelConfig"]
 
 NORMS = ("layer", "rms")
 FEED_FORWARDS = ("none", "identity", "swiglu", "gelu")
-INITS = ("scaled", "mad")
+INITS = ("scaled", "mad", "mamba")
 FLA = ("delta", "gated_delta", "delta_product", "gla", "retnet")  # kinds of mixers that are fla's in MAD's harness
 
 
@@ -59,7 +59,8 @@ class SuiteModelConfig:
     decoder: bool = False
     """Whether all tokens are read from the last position alone (MAD's compression)."""
     init: str = "scaled"
-    """How matrices begin: scaled (normal, those that write to the residual stream smaller by 1/sqrt(2 * depth)) or mad (as mad-lab's)."""
+    """How matrices begin: scaled (normal, those that write to the residual stream smaller by 1/sqrt(2 * depth)), mad (as mad-lab's) or
+    mamba (those of mixers as nn.Linear begins, the ones that write to the residual stream smaller by 1/sqrt(depth))."""
     init_std: float = 0.02
     """Standard deviation of the initial matrices; in mad, of the embeddings."""
 
@@ -186,11 +187,24 @@ class SuiteModel(nn.Module):
         """As a language model's: matrices N(0, init_std), those that write to the residual stream scaled by 1/sqrt(2 * depth).
 
         With `init="mad"` as athms/mad-lab and the layers of fla in its time (2024) leave theirs: in mixers of fla's kind Xavier-uniform with gain
-        2^-2.5, elsewhere as nn.Linear begins, in the autoencoder N(0, init_std).
+        2^-2.5, elsewhere as nn.Linear begins, in the autoencoder N(0, init_std). With `init="mamba"` as state-spaces/mamba does.
         """
         init_weights(self, std=self.config.init_std, depth=self.config.depth, generator=generator)
         if self.config.init == "mad":
             self._init_as_mad(generator)
+        if self.config.init == "mamba":
+            self._init_as_mamba(generator)
+
+    @torch.no_grad()
+    def _init_as_mamba(self, generator: torch.Generator | None) -> None:
+        for block in self.layers:
+            mixer = block.get_submodule("mixer")
+            for name, module in mixer.named_modules():
+                if isinstance(module, nn.Linear):
+                    limit = (module.in_features * (self.config.depth if name == "o_proj" else 1)) ** -0.5
+                    module.weight.uniform_(-limit, limit, generator=generator)
+            assert isinstance(mixer, Mixer)
+            mixer.reset_parameters(generator)  # what it begins otherwise
 
     @torch.no_grad()
     def _init_as_mad(self, generator: torch.Generator | None) -> None:

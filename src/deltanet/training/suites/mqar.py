@@ -2,10 +2,10 @@
 
 The protocol is that of Arora et al. 2023 (arXiv 2312.04927, figure 2, HazyResearch/zoology): LayerNorm, mixer, and for a feed-forward layer
 the identity (x <- x + norm(x)), tied embeddings with dropout 0.1, 100,000 examples in the same order in each of up to 64 epochs, four learning
-rates of which the best counts, done above 99%. Attention has two layers of one head, learns positions and drops a tenth of its weights; the others
-have four layers, two heads and no positions; Mamba's blocks are its own, RMSNorm and mixer, without dropout. So does the set-up of the paper's
-second author (berlino/seq-test, zoology/experiments/mqar), which has DeltaNet, GLA and attention. GLA's gates are as in the first author's fork
-(sustcsonglin/zoology), their logs divided by 128.
+rates of which the best counts, done above 99%. Attention has one head, learns positions and drops a tenth of its weights; the others have two heads
+and no positions; Mamba's blocks are its own, RMSNorm and mixer, without dropout, and begin as its authors' do (yzhangcs/zoology, a third author).
+DeltaNet has four layers, as in the set-up of the paper's second author (berlino/seq-test, zoology/experiments/mqar); the others have two, as in the
+first author's (sustcsonglin/zoology, zoology/experiments/paper/figure2.py), which has GLA, its gates' logs divided by 128, RetNet and Mamba.
 """
 
 import re
@@ -16,7 +16,7 @@ from pathlib import Path
 from deltanet.data.synthetic import MQAR
 from deltanet.data.synthetic.paper import MQAR as PAPER
 from deltanet.evaluation.suite_plots import plot_curves
-from deltanet.layers import AttentionConfig, GatedLinearAttentionConfig, MambaConfig
+from deltanet.layers import AttentionConfig, GatedLinearAttentionConfig, MambaConfig, RetNetConfig
 from deltanet.training.suites.cell import Cell, Recipe, Test
 from deltanet.training.suites.mixers import mixer
 from deltanet.training.suites.model import SuiteModelConfig
@@ -59,6 +59,7 @@ class MQARSuite(Suite):
         train = MQAR(length=length, pairs=pairs, vocab_size=vocabulary, writes=writes)
         layer = mixer(model, grid.heads or (1 if model == "attention" else 2))
         attends, own = isinstance(layer, AttentionConfig), isinstance(layer, MambaConfig)
+        shallow = isinstance(layer, AttentionConfig | MambaConfig | GatedLinearAttentionConfig | RetNetConfig)
         if isinstance(layer, AttentionConfig):
             layer = replace(layer, rotary=False)
         if isinstance(layer, GatedLinearAttentionConfig):
@@ -75,9 +76,10 @@ class MQARSuite(Suite):
             train=train,
             tests={"test": Test(task=train, split="test", examples=grid.test_examples or 3000)},
             config=SuiteModelConfig(
-                vocab_size=train.vocab_size, d_model=width, depth=grid.depth or (2 if attends else 4), mixer=layer,
+                vocab_size=train.vocab_size, d_model=width, depth=grid.depth or (2 if shallow else 4), mixer=layer,
                 norm="rms" if own else "layer", feed_forward="none" if own else "identity", tie_embeddings=True,
                 dropout=0.0 if own else 0.1, attention_dropout=0.1 if attends else 0.0, positions=length if attends else 0,
+                init="mamba" if own else "scaled",
             ),
             recipe=with_overrides(recipe, grid),
         )  # fmt: skip

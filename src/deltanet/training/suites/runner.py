@@ -17,6 +17,7 @@ from deltanet.training.suites.trial import Examined, Prepared, Trial, prepare
 
 __all__ = ["Progress", "Watcher", "run_cells"]
 
+KEEP_EVERY = 300.0  # seconds, after which an evaluation is a time to write down where its cell stands
 KEPT = 6  # sets of examples on the device at a time, beside those in use
 
 
@@ -72,7 +73,9 @@ class _Slot:
     trial: Trial
     run: Iterator[Examined | None]
     claim: Claim
+    work: float  # what is left of the cell's for this call
     counted: float = 0.0
+    kept: float = field(default_factory=time.monotonic)
 
 
 class Sets:
@@ -108,7 +111,7 @@ def run_cells(
     """Trains the cells that are not done yet, in their order, `together` at a time. One that raises an error is left, and the others go on.
 
     Args:
-        minutes: stop after so long; cells under way are then written down as stopped, and begun anew by the next call.
+        minutes: stop after so long; cells under way are then written down as stopped, and the next call goes on with them.
         until_solved: leave out an entry's other rates once one is above the recipe's `stop_above`.
         compile: whether the models' small operations are fused first, see `Trial`.
         environment: what is written down beside every outcome.
@@ -123,11 +126,11 @@ def run_cells(
     watcher.begin(progress, len(cells) - len(waiting))
     sets, slots, ending = Sets(device), list[_Slot](), "finished"
 
-    def fail(cell: Cell, error: Exception, counted: float) -> None:
+    def fail(cell: Cell, error: Exception, work: float, counted: float = 0.0) -> None:
         if isinstance(error, torch.AcceleratorError):
             raise error
         progress.failed += 1
-        progress.work -= cell.work
+        progress.work -= work
         progress.work_done -= counted
         store.note({"cell": cell.name, "error": "".join(traceback.format_exception(error))})
         watcher.failed(cell, f"{type(error).__name__}: {str(error).partition(chr(10))[0]}", progress)
@@ -143,19 +146,20 @@ def run_cells(
                 try:
                     slot = _begin(cell, store, sets, device, backend, compile)
                 except Exception as error:
-                    fail(cell, error, 0.0)
+                    fail(cell, error, cell.work)
                     continue
                 if slot is None:
                     progress.elsewhere += 1
                     progress.work -= cell.work
                 else:
+                    progress.work -= cell.work - slot.work
                     slots.append(slot)
             for slot in list(slots):
                 try:
                     found = next(slot.run, slot)
                 except Exception as error:
                     slots.remove(slot)
-                    fail(slot.cell, error, slot.counted)
+                    fail(slot.cell, error, slot.work, slot.counted)
                     slot.trial.close()
                     slot.claim.release()
                     continue
@@ -164,13 +168,16 @@ def run_cells(
                     slots.remove(slot)
                     outcome = _end(slot, store, "diverged" if slot.trial.is_diverged else "finished", environment)
                     progress.done += 1
-                    progress.work_done += slot.cell.work - slot.counted
+                    progress.work_done += slot.work - slot.counted
                     if _solves(slot.cell, outcome):
                         solved.add(slot.cell.entry)
                     watcher.finished(slot.cell, outcome, progress)
                 elif isinstance(found, Examined):
                     store.note({"cell": slot.cell.name, **found.record()})
                     watcher.examined(slot.cell, found, progress)
+                    if time.monotonic() - slot.kept > KEEP_EVERY:
+                        store.keep(slot.cell, *slot.trial.state())
+                        slot.kept = time.monotonic()
             watcher.tick(progress)
             if until_solved:
                 for slot in [slot for slot in slots if slot.cell.entry in solved]:
@@ -178,13 +185,15 @@ def run_cells(
                     slot.trial.close()
                     slot.claim.release()
                     progress.left_out += 1
-                    progress.work -= slot.cell.work
+                    progress.work -= slot.work
                     progress.work_done -= slot.counted
             if interrupts.received:
                 ending = "interrupted"
             elif minutes is not None and progress.seconds > 60 * minutes:
                 ending = "time"
     for slot in slots:
+        if slot.trial.done:
+            store.keep(slot.cell, *slot.trial.state())
         if slot.trial.history:
             watcher.finished(slot.cell, _end(slot, store, "stopped", environment), progress)
         else:
@@ -210,10 +219,15 @@ def _begin(cell: Cell, store: Store, sets: Sets, device: torch.device, backend: 
         train = sets.get(cell.train, cell.recipe.train_examples, cell.seed, "train")
         tests = {name: sets.get(test.task, test.examples, cell.seed, test.split) for name, test in cell.tests.items()}
         trial = Trial(cell, train, tests, device=device, backend=backend, compile=compile)
+        if (standing := store.standing(cell)) is not None:
+            try:
+                trial.restore(*standing)
+            except ValueError as error:
+                raise ValueError(f"where {cell.name} stands is not told right, {error}: --overwrite begins it anew") from None
     except BaseException:
         claim.release()
         raise
-    return _Slot(cell, trial, trial.run(), claim)
+    return _Slot(cell, trial, trial.run(), claim, cell.work * (1 - trial.done / cell.recipe.steps))
 
 
 def _end(slot: _Slot, store: Store, status: str, environment: dict[str, Any]) -> dict[str, Any]:
@@ -230,6 +244,8 @@ def _end(slot: _Slot, store: Store, status: str, environment: dict[str, Any]) ->
         "environment": environment,
     }
     store.write(slot.cell, outcome)
+    if status != "stopped":
+        store.forget(slot.cell)
     slot.trial.close()
     slot.claim.release()
     return outcome
@@ -242,9 +258,8 @@ def _solves(cell: Cell, outcome: dict[str, Any]) -> bool:
 
 def _count(slot: _Slot, progress: Progress) -> None:
     """Adds to the work done what the slot has handed to the device since the last time."""
-    share = slot.trial.done / slot.cell.recipe.steps
-    progress.tokens += round((share - slot.counted / slot.cell.work) * slot.cell.recipe.steps) * (
-        slot.cell.recipe.batch_size * slot.cell.train.length
-    )
-    progress.work_done += share * slot.cell.work - slot.counted
-    slot.counted = share * slot.cell.work
+    cell = slot.cell
+    counted = slot.work - cell.work * (1 - slot.trial.done / cell.recipe.steps)
+    progress.tokens += round((counted - slot.counted) / cell.work * cell.recipe.steps) * cell.recipe.batch_size * cell.train.length
+    progress.work_done += counted - slot.counted
+    slot.counted = counted

@@ -2,6 +2,7 @@
 
     suite.json       which suite it is
     cells/NAME.json  the outcome of a cell and everything it depends on, written at once when the cell is done
+    cells/NAME.safetensors  where a cell stands that is not done; goes when it is
     metrics.jsonl    every evaluation of every cell, as it came
     table.md, table.json, figure.png, figure.svg
 
@@ -10,10 +11,15 @@ Several processes may share a folder: a cell is trained by whoever has its lock.
 
 import fcntl
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import IO, Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
 
 from deltanet.training.run_folder import replace_text
 from deltanet.training.suites.cell import Cell, Recipe
@@ -80,13 +86,7 @@ class Store:
         if not path.exists():
             return None
         outcome = _outcome(path)
-        wanted = json.loads(json.dumps(cell.record()))
-        if difference := next(_differences(wanted, outcome["cell"]), None):
-            name, asked, found = difference
-            raise ValueError(
-                f"'{path}' must have {name} = {asked!r} as asked for now, got {found!r}: "
-                "choose another --out, or --overwrite to train it anew"
-            )
+        self._refuse_another(path, cell, outcome["cell"])
         return outcome
 
     def write(self, cell: Cell, outcome: dict[str, Any]) -> None:
@@ -94,6 +94,37 @@ class Store:
 
     def remove(self, cell: Cell) -> None:
         self._file(cell).unlink(missing_ok=True)
+        self.forget(cell)
+
+    def keep(self, cell: Cell, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
+        """Writes down where the training of `cell` stands, in place of what was there before."""
+        path = self._standing(cell)
+        partial = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+        try:
+            save_file(tensors, partial, {"cell": json.dumps(cell.record()), "values": json.dumps(values)})
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    def standing(self, cell: Cell) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """What `keep` was given last, or None. ValueError for a file of another training, and for one that is broken."""
+        path = self._standing(cell)
+        if not path.exists():
+            return None
+        try:
+            with safe_open(path, framework="pt") as file:
+                told = file.metadata() or {}
+                record, values = json.loads(told["cell"]), json.loads(told["values"])
+                self._refuse_another(path, cell, record)
+                return {name: file.get_tensor(name) for name in file.keys()}, values  # noqa: SIM118, it is no dict
+        except (KeyError, TypeError, json.JSONDecodeError, SafetensorError, OSError) as error:
+            raise ValueError(
+                f"'{path}' must be where a cell stands, got {error!r}: put it back, or remove it to begin the cell anew"
+            ) from None
+
+    def forget(self, cell: Cell) -> None:
+        """Removes what `keep` has written."""
+        self._standing(cell).unlink(missing_ok=True)
 
     def claim(self, cell: Cell) -> Claim | None:
         """The right to train `cell`, or None if another process has it."""
@@ -111,6 +142,18 @@ class Store:
 
     def _file(self, cell: Cell) -> Path:
         return self.cells / f"{cell.name}.json"
+
+    def _standing(self, cell: Cell) -> Path:
+        return self.cells / f"{cell.name}.safetensors"
+
+    def _refuse_another(self, path: Path, cell: Cell, record: Any) -> None:
+        wanted = json.loads(json.dumps(cell.record()))
+        if difference := next(_differences(wanted, record), None):
+            name, asked, found = difference
+            raise ValueError(
+                f"'{path}' must have {name} = {asked!r} as asked for now, got {found!r}: "
+                "choose another --out, or --overwrite to train it anew"
+            )
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -27,6 +27,7 @@ EAGER_STEPS = 3  # before a graph is captured: kernels are compiled, and the opt
 BURST = 25  # steps handed to the device at a time, so that trials side by side have their turns
 LOGITS = 2**27  # most logits of one piece of an evaluation
 PIECE = 2**17  # most tokens of one
+MEANS = ("exp_avg", "exp_avg_sq")  # what AdamW keeps of each weight's gradients
 MANY_IDS = 1024  # from so many on a softmax costs enough to be fused
 
 
@@ -115,31 +116,85 @@ class Trial:
         )  # fmt: skip
         self.graph: torch.cuda.CUDAGraph | None = None
         self.evaluations: dict[str, tuple[torch.cuda.CUDAGraph, Tensor]] = {}  # by test: its replay, and where that puts predictions
+        self.eager = 0  # steps that were no replay
+        self.predicted: set[str] = set()  # tests for which all kernels are compiled
         self.done = 0  # steps
         self.began = time.monotonic()
         self.history: list[Examined] = []
 
     def run(self) -> Iterator[Examined | None]:
-        """Trains; yields None after each burst of steps and while a score is awaited, and what an evaluation found."""
-        per_epoch, since = self.recipe.steps_per_epoch, 0
-        for epoch in range(1, self.recipe.epochs + 1):
-            self._begin_epoch()
-            for first in range(0, per_epoch, BURST):
-                self._steps(min(BURST, per_epoch - first))
-                yield None
-            since += per_epoch
-            if epoch % self.recipe.evaluate_every and epoch != self.recipe.epochs:
-                continue
-            predictions = {name: self._predict(name) for name in self.tests}
-            ready = self._mark()
-            while ready is not None and not ready.query():
-                yield None
-            found = Examined(epoch, self._take_loss(since), self._scores(predictions), time.monotonic() - self.began)
-            since = 0
-            self.history.append(found)
-            yield found
-            if self.is_diverged or self.is_done:
+        """Trains on; yields None after each burst of steps and while a score is awaited, and what an evaluation found."""
+        per_epoch, epochs = self.recipe.steps_per_epoch, self.recipe.epochs
+        while True:
+            epoch, first = divmod(self.done, per_epoch)
+            last = self.history[-1].epoch if self.history else 0
+            if first == 0 and epoch > last and (epoch % self.recipe.evaluate_every == 0 or epoch == epochs):
+                predictions = {name: self._predict(name) for name in self.tests}
+                ready = self._mark()
+                while ready is not None and not ready.query():
+                    yield None
+                loss = self._take_loss((epoch - last) * per_epoch)
+                self.history.append(Examined(epoch, loss, self._scores(predictions), time.monotonic() - self.began))
+                yield self.history[-1]
+                if self.is_diverged or self.is_done:
+                    return
+            if epoch == epochs:
                 return
+            if first == 0:
+                self._begin_epoch()
+            for step in range(first, per_epoch, BURST):
+                self._steps(min(BURST, per_epoch - step))
+                yield None
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Where the training stands: tensors on the host, and plain JSON. To be asked for between two turns of `run`."""
+        with self._on_stream():
+            tensors = {name: tensor.detach().to("cpu", copy=True) for name, tensor in self._tensors().items()}
+        tensors["generator"] = self.generator.get_state()
+        history = [asdict(found) for found in self.history]
+        return tensors, {"done": self.done, "seconds": time.monotonic() - self.began, "history": history}
+
+    def restore(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
+        """Goes on from what `state` of a trial of the same cell gave, to the same bits. For a trial that has not begun.
+
+        Raises ValueError, which names what differs, for the state of another one; then nothing has changed.
+        """
+        done, seconds = values.get("done"), values.get("seconds")
+        if not isinstance(done, int) or not 0 < done <= self.recipe.steps or not isinstance(seconds, float | int):
+            raise ValueError(f"done must be between 1 and {self.recipe.steps} steps, got {done!r} after {seconds!r} seconds")
+        try:
+            history = [Examined(**found) for found in values["history"]]
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"history must be evaluations, got {error!r}") from None
+        mine = self._tensors()
+        wanted = {name: (list(x.shape), x.dtype) for name, x in mine.items()}
+        found = {name: (list(x.shape), x.dtype) for name, x in tensors.items() if name != "generator"}
+        for name in sorted({*wanted, *found}):
+            if wanted.get(name) != found.get(name):
+                raise ValueError(f"{name} must be {wanted.get(name)}, got {found.get(name)}")
+        try:
+            self.generator.set_state(tensors["generator"])
+        except (KeyError, TypeError, RuntimeError) as error:
+            raise ValueError(f"generator must be the state of one on {self.device}, got {error}") from None
+        with self._on_stream(), torch.no_grad():
+            for name, tensor in mine.items():
+                tensor.copy_(tensors[name])
+            self.at.fill_(done % self.recipe.steps_per_epoch)
+            self.step.fill_(done)
+            for state in self.optimizer.state.values():
+                state["step"].fill_(done)
+        self.done, self.history, self.began = done, history, time.monotonic() - seconds
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """What changes with a step and no counter tells, by name; AdamW's means are made if they are not there yet."""
+        found = {"loss": self.loss, **({"order": self.order} if self.recipe.shuffle else {})}
+        for name, weight in self.model.named_parameters():
+            means = self.optimizer.state[weight]
+            if not means:  # as torch.optim.AdamW begins them
+                means["step"] = torch.zeros((), device=weight.device)
+                means.update({mean: torch.zeros_like(weight, memory_format=torch.preserve_format) for mean in MEANS})
+            found |= {f"weights.{name}": weight, **{f"{mean}.{name}": means[mean] for mean in MEANS}}
+        return found
 
     @property
     def is_diverged(self) -> bool:
@@ -202,12 +257,13 @@ class Trial:
             for _ in range(count):
                 if self.graph is not None:
                     self.graph.replay()
-                elif self.uses_graph and self.done >= EAGER_STEPS:
+                elif self.uses_graph and self.eager >= EAGER_STEPS:
                     self._capture()
                     assert self.graph is not None
                     self.graph.replay()
                 else:
                     self._step()
+                    self.eager += 1
                 self.done += 1
 
     def _capture(self) -> None:
@@ -255,7 +311,8 @@ class Trial:
                 graph, out = self.evaluations[name]
                 graph.replay()
             return out
-        if self.graph is None or not self.history:
+        if self.graph is None or name not in self.predicted:
+            self.predicted.add(name)
             return self._predict_now(self.tests[name])
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=self.stream):
