@@ -58,6 +58,27 @@ def kernels(q, k, v, beta, do, g, state, dstate, scale, cu_seqlens, save="states
     return {"o": o, "final": final, **dict(zip(("dq", "dk", "dv", "dbeta", "dg", "dstate"), grads, strict=True))}
 
 
+def changed_elsewhere(run, given, cu_seqlens, bad):
+    """What sequences get differently, by name, when sequence `bad` holds NaN and infinities: `run(*given)` must give the others the same bits."""
+    bounds = cu_seqlens.tolist()
+    start, end = bounds[bad : bad + 2]
+    before = {name: None if x is None else x.clone() for name, x in run(*given).items()}
+    given = [None if x is None else x.clone() for x in given]
+    for x in given[:6]:
+        if x is not None:
+            x[:, start:end:2], x[:, start + 1 : end : 2] = math.nan, math.inf
+    for x in given[6:]:
+        if x is not None:
+            x[bad] = math.nan
+    changed = []
+    for name, after in run(*given).items():
+        if after is not None:
+            parts = [slice(bad), slice(bad + 1, None)] if name in ("final", "dstate") else [(0, slice(start)), (0, slice(end, None))]
+            assert all(before[name][part].isfinite().all() for part in parts), name
+            changed += [name] * (not all(torch.equal(before[name][part], after[part]) for part in parts))
+    return changed
+
+
 def error(x, exact):
     norm = exact.norm()
     relative = ((x.double() - exact).norm() / (norm if norm > 0 else 1)).item()
@@ -115,6 +136,19 @@ def test_segments_give_what_whole_sequences_give(case, monkeypatch):
     monkeypatch.setattr(chunk_call, "SHORTEST_SEGMENT", 64)
     case = dict(case)
     check(1, case.pop("T", 200), 1, 1, *case.pop("dims", (64, 64)), **{"states": True, **case})
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")
+@pytest.mark.parametrize(("gate", "segments"), [(None, False), (0.1, True)])
+def test_what_another_sequence_holds_is_not_seen(gate, segments, monkeypatch):
+    """By the others in its batch: tiles that reach over a sequence's end do not read what is there. Nor does the definition."""
+    if segments:
+        monkeypatch.setattr(chunk_call, "multiprocessors", lambda device: 132)
+        monkeypatch.setattr(chunk_call, "SHORTEST_SEGMENT", 64)
+    cu = torch.tensor([0, 70, 140, 211], dtype=torch.int32, device=DEVICE)
+    given = inputs(1, 211, 1, 1, 64, 64, torch.float32, gate=gate, N=3, states=True, beta_max=2.0)
+    assert changed_elsewhere(lambda *given: kernels(*given, 0.1, cu), given, cu, bad=1) == []
+    assert changed_elsewhere(lambda *given: definition(*given, 0.1, cu), given, cu, bad=1) == []
 
 
 @pytest.mark.parametrize("scale", [0.0, 1.0, -0.5])

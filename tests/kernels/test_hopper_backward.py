@@ -8,7 +8,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from kernels.test_chunk import DEVICE, definition, error, inputs
+from kernels.test_chunk import DEVICE, changed_elsewhere, definition, error, inputs
 
 from deltanet.kernels.triton import chunk, chunk_call
 
@@ -119,6 +119,26 @@ def test_ends_found_on_the_way(name, D, monkeypatch):
     monkeypatch.setattr(chunk_backward_ends, "find_ends", lambda *a, f=chunk_backward_ends.find_ends, **k: segments.append(a[1]) or f(*a, **k))
     check(B, T, H, HV, D, D, states=True, **case)
     assert segments == [-(-T // 128) * 64 if lengths is None else 512]
+
+
+@pytest.mark.parametrize("D", [64, 128, 256])
+@pytest.mark.parametrize("gate", [None, 0.1])
+@pytest.mark.parametrize("way", ["whole", "segments", "walked"])
+def test_what_another_sequence_holds_is_not_seen(way, gate, D, monkeypatch):
+    """Tiles reach over a sequence's end: with NaN and infinities there, in all that the next one holds, its gradients are the same bits."""
+    lengths = [70, 60, 97, 30] if way == "whole" else [2100, 100, 1300, 1000]
+    if way == "walked":
+        if D == 256:
+            pytest.skip("heads of 256 are not walked")
+        monkeypatch.setattr(chunk_call, "multiprocessors", lambda device: 3 * 2 * len(lengths))
+        monkeypatch.setattr(chunk_call, "_segment", lambda *_: 0)
+    cu = bounds(lengths)
+    given = inputs(1, sum(lengths), 2, 2, D, D, BF16, gate=gate, N=len(lengths), states=True, beta_max=2.0)
+
+    def run(*given):
+        return dict(zip(("dq", "dk", "dv", "dbeta", "dg", "dstate"), backwards(given, 0.1, cu)[1](), strict=True))
+
+    assert changed_elsewhere(run, given, cu, bad=1) == []
 
 
 HARD = {

@@ -1,6 +1,6 @@
 """The backward of heads of 256 on Hopper: which kernels run, in what order.
 
-    (bf16) rest -> what rounding X left, where betas are above 1
+    rest -> what rounding X left, where betas are above 1
     state_gradient -> dv, D, dinitial, and sums that make dbeta;     gradients -> dq, dk, dbeta, dg
 
 The tiles that heads of 64 and 128 keep in shared memory for one launch (chunk_backward_kernel.py) would take 500 KiB here, so D goes through
@@ -9,6 +9,7 @@ memory, as in the portable family.
 
 from torch import Tensor
 
+from deltanet.kernels.hopper.chunk_backward_load import in_32_bits
 from deltanet.kernels.hopper.chunk_gradients_256 import gradients
 from deltanet.kernels.hopper.chunk_rest import rest_of_X
 from deltanet.kernels.hopper.chunk_state_gradient_256 import COLUMNS, state_gradient
@@ -22,8 +23,7 @@ DIM = 256
 
 def takes(call: chunk_call.Call) -> bool:
     """Whether this backward runs a call."""
-    coordinates = max(call.tokens, call.slots[0] * call.HV * call.V)  # of tiles, in 32 bits
-    return call.K == call.V == DIM and coordinates < 2**31 - 2**16
+    return call.K == call.V == DIM and in_32_bits(call)
 
 
 def backward(
@@ -32,15 +32,13 @@ def backward(
     dq: Tensor, dk: Tensor, dv: Tensor, dbeta: Tensor, dg: Tensor | None, dinitial: Tensor | None,
 ) -> None:  # fmt: skip
     """As chunk_backward_kernel.backward."""
-    X_low = dv if q.dtype in chunk_call.ROUNDING_COUNTS else None
-    if X_low is not None:
-        rest_of_X(call, k, b, G, X, X_low)
+    rest_of_X(call, k, b, G, X, dv)
     ends = dfinal
     if call.segment:
         d = b.new_empty((call.parts(call.segment), *call.states[1:]))
-        state_gradient(call, q, k, do, do, b, G, X, X_low, None, None, None, None, d, scale, split=True)
+        state_gradient(call, q, k, do, do, b, G, X, dv, None, None, None, None, d, scale, split=True)
         ends = portable.chain_segments(call, M, d, dfinal, backwards=True)
     partial = b.new_empty(call.V // COLUMNS.value, call.HV, call.tokens)
     D = q.new_empty(call.slots)
-    state_gradient(call, q, k, do, E, b, G, X, X_low, ends, dv, partial, D, dinitial, scale, split=call.segment > 0)
+    state_gradient(call, q, k, do, E, b, G, X, dv, ends, dv, partial, D, dinitial, scale, split=call.segment > 0)
     gradients(call, q, k, do, E, dv, b, G, S, D, initial_state, dfinal, partial, dq, dk, dbeta, dg, scale)

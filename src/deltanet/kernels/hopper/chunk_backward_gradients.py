@@ -37,16 +37,20 @@ from deltanet.kernels.hopper.chunk_backward_load import (
     THIRD_0,
     widened,
 )
-from deltanet.kernels.hopper.tiles import CHUNK, add, masked
+from deltanet.kernels.hopper.tiles import CHUNK, add, clear, masked
 
 
 @gluon.jit
-def zero_rows(tile, rows):
-    """Zeros in the rows of a tile from `rows` on: they hold the next sequence's tokens."""
-    wide: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    r = gl.arange(0, CHUNK, gl.SliceLayout(1, wide))
-    x = tile.load(wide)
-    tile.store(gl.where((r < rows)[:, None], x, gl.zeros_like(x)))
+def clear_last(tiles, bars, rows, K: gl.constexpr, V: gl.constexpr):
+    """Zero what q, k, do and E of a sequence's last chunk hold of the next one. The others look at them when P is ready, and no earlier."""
+    sQ, sK, sdO, sE, _, _, _, _, _, _, _, _, _, _, _, _ = tiles
+    if rows < CHUNK:
+        mbarrier.wait(bars.index(LOADED_OUTS), 0)
+        mbarrier.wait(bars.index(LOADED_ERRORS), 0)
+        clear(sQ.index(0), rows, K)
+        clear(sK.index(0), rows, K)
+        clear(sdO.index(0), rows, V)
+        clear(sE.index(0), rows, V)
 
 
 @gluon.jit
@@ -106,11 +110,10 @@ def gradients_plain(
     if chunks > 0:
         mbarrier.wait(bars.index(LOADED_KEYS + 0), 0)
         mbarrier.wait(bars.index(LOADED_QUERIES + 0), 0)
+        if RAGGED:
+            clear_last(tiles, bars, rows - (chunks - 1) * CHUNK, K, V)
         P = warpgroup_mma(sQ.index(0), sK.index(0).permute((1, 0)), none_c, use_acc=False, is_async=True)
         P = warpgroup_mma_wait(0, deps=[P])
-        if RAGGED:
-            mbarrier.wait(bars.index(LOADED_OUTS), 0)
-            zero_rows(all_dO.index(0), rows - (chunks - 1) * CHUNK)
         all_P.index(0).store(masked(r[:, None] >= c[None, :], P, dtype))
         fence_async_shared()
         mbarrier.arrive(bars.index(READY_P), count=1)
@@ -233,11 +236,10 @@ def gradients_gated(
     if chunks > 0:
         mbarrier.wait(bars.index(LOADED_KEYS + 0), 0)
         mbarrier.wait(bars.index(LOADED_QUERIES + 0), 0)
+        if RAGGED:
+            clear_last(tiles, bars, rows - (chunks - 1) * CHUNK, K, V)
         P = warpgroup_mma(sQ.index(0), sK.index(0).permute((1, 0)), none_c, use_acc=False, is_async=True)
         P = warpgroup_mma_wait(0, deps=[P])
-        if RAGGED:
-            mbarrier.wait(bars.index(LOADED_OUTS), 0)
-            zero_rows(all_dO.index(0), rows - (chunks - 1) * CHUNK)
         all_P.index(0).store((P * decay_between(sG.index(0), r[:, None] >= c[None, :], acc_c)).to(dtype))
         fence_async_shared()
         mbarrier.arrive(bars.index(READY_P), count=1)

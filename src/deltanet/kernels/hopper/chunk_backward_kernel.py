@@ -41,6 +41,7 @@ from deltanet.kernels.hopper.chunk_backward_load import (
     TAKEN_G,
     TAKEN_W,
     USED_P,
+    in_32_bits,
     load,
     load_rest,
 )
@@ -71,7 +72,7 @@ def backward_kernel(
     first_S,  # tiles [V, K] of [N * HV * V, K]: the initial states as S, INITIAL only
     dq,  # tiles [64, K] of [tokens, H * K] out; of [tokens, HV * K] where several value heads read one key head: to be summed
     dk,  # the same
-    dv,  # tiles [64, V] of [tokens, HV * V], out
+    dv,  # tiles [64, V] of [tokens, HV * V], out; until a chunk is written, what rounding left of its X where a beta is above 1 (chunk_rest.py)
     dq_at,  # the same memory as pointers, for the rows of a chunk that is not full
     dk_at,
     dv_at,
@@ -101,7 +102,6 @@ def backward_kernel(
     RAGGED: gl.constexpr,  # whether a sequence may end inside a chunk
     INITIAL: gl.constexpr,
     FINAL: gl.constexpr,
-    REST: gl.constexpr,  # in chunks with a beta above 1, what rounding left of X lies where dv will
     STATE_REGISTERS: gl.constexpr,
 ):
     head = gl.program_id(0) % HV
@@ -191,42 +191,41 @@ def backward_kernel(
     if GATED and STATES == 2:
         gl.warp_specialize([
             (gradients, (tiles, bars, outputs, columns, span, scale, HV, K, V, GATED, RAGGED)),
-            (state, (0, tiles, bars, states, chunks, scale, inverse_scale, K, V, GATED, FINAL, INITIAL, REST)),
-            (state, (1, tiles, bars, states, chunks, scale, inverse_scale, K, V, GATED, FINAL, INITIAL, REST)),
+            (state, (0, tiles, bars, states, chunks, scale, inverse_scale, K, V, GATED, RAGGED, FINAL, INITIAL)),
+            (state, (1, tiles, bars, states, chunks, scale, inverse_scale, K, V, GATED, RAGGED, FINAL, INITIAL)),
             (load, (sources, tiles, bars, places, span, HV, K, V, GATED, INITIAL)),
-            (load_rest, (dv_at, strength, head, sP, bars, span, HV, V, REST)),
+            (load_rest, (dv_at, strength, head, sP, bars, span, HV, V)),
             (gate_gradient, (tiles, bars, outputs, span, HV, V)),
         ], [4, 4, 1, 1, 1], [STATE_REGISTERS, STATE_REGISTERS, 24, 24, 24])  # fmt: skip
     elif GATED:
         gl.warp_specialize([
             (gradients, (tiles, bars, outputs, columns, span, scale, HV, K, V, GATED, RAGGED)),
-            (state, (0, tiles, bars, states, chunks, scale, inverse_scale, K, V, GATED, FINAL, INITIAL, REST)),
+            (state, (0, tiles, bars, states, chunks, scale, inverse_scale, K, V, GATED, RAGGED, FINAL, INITIAL)),
             (load, (sources, tiles, bars, places, span, HV, K, V, GATED, INITIAL)),
-            (load_rest, (dv_at, strength, head, sP, bars, span, HV, V, REST)),
+            (load_rest, (dv_at, strength, head, sP, bars, span, HV, V)),
             (gate_gradient, (tiles, bars, outputs, span, HV, V)),
         ], [4, 1, 1, 1], [STATE_REGISTERS, 24, 24, 24])  # fmt: skip
     elif STATES == 2:
         gl.warp_specialize([
             (gradients, (tiles, bars, outputs, columns, span, scale, HV, K, V, GATED, RAGGED)),
-            (state, (0, tiles, bars, states, chunks, scale, inverse_scale, K, V, GATED, FINAL, INITIAL, REST)),
-            (state, (1, tiles, bars, states, chunks, scale, inverse_scale, K, V, GATED, FINAL, INITIAL, REST)),
+            (state, (0, tiles, bars, states, chunks, scale, inverse_scale, K, V, GATED, RAGGED, FINAL, INITIAL)),
+            (state, (1, tiles, bars, states, chunks, scale, inverse_scale, K, V, GATED, RAGGED, FINAL, INITIAL)),
             (load, (sources, tiles, bars, places, span, HV, K, V, GATED, INITIAL)),
-            (load_rest, (dv_at, strength, head, sP, bars, span, HV, V, REST)),
+            (load_rest, (dv_at, strength, head, sP, bars, span, HV, V)),
         ], [4, 4, 1, 1], [STATE_REGISTERS, STATE_REGISTERS, 24, 24])  # fmt: skip
     else:
         gl.warp_specialize([
             (gradients, (tiles, bars, outputs, columns, span, scale, HV, K, V, GATED, RAGGED)),
-            (state, (0, tiles, bars, states, chunks, scale, inverse_scale, K, V, GATED, FINAL, INITIAL, REST)),
+            (state, (0, tiles, bars, states, chunks, scale, inverse_scale, K, V, GATED, RAGGED, FINAL, INITIAL)),
             (load, (sources, tiles, bars, places, span, HV, K, V, GATED, INITIAL)),
-            (load_rest, (dv_at, strength, head, sP, bars, span, HV, V, REST)),
+            (load_rest, (dv_at, strength, head, sP, bars, span, HV, V)),
         ], [4, 1, 1], [STATE_REGISTERS, 24, 24])  # fmt: skip
 
 
 def takes(call: chunk_call.Call) -> bool:
     """Whether this backward runs a call: what was proven on a GPU, and is faster than the portable one there."""
     programs = (call.parts(call.segment) if call.segment else call.N) * call.HV
-    coordinates = max(call.tokens, call.slots[0] * call.HV * call.V)  # of tiles, in 32 bits
-    return call.K == call.V and call.K in DIMS and programs >= FEWEST and coordinates < 2**31 - 2**16
+    return call.K == call.V and call.K in DIMS and programs >= FEWEST and in_32_bits(call)
 
 
 def backward(
@@ -245,12 +244,10 @@ def backward(
     states = tensor_map(S if S.shape[0] else S.new_empty(1, *S.shape[1:]), K, V, K)
     first = None if initial_state is None else tensor_map(initial_state.transpose(2, 3).to(q.dtype).contiguous(), K, V, K)
     ragged = call.packed or call.T % CHUNK.value != 0
-    X_low = dv if q.dtype in chunk_call.ROUNDING_COUNTS else None
-    if X_low is not None:
-        rest_of_X(call, k, b, G, X, X_low)
+    rest_of_X(call, k, b, G, X, dv)
     segment, places, ends = cut(call, q.device), call.N, dfinal
     if segment:
-        places, ends = call.parts(segment), segment_ends(call, segment, q, k, do, b, G, X, X_low, M, dfinal, scale)
+        places, ends = call.parts(segment), segment_ends(call, segment, q, k, do, b, G, X, dv, M, dfinal, scale)
     registers = STATE_REGISTERS if G is None else STATE_REGISTERS_GATED
     args = (
         keys[0], keys[1], values[0], values[1], states, first or states, keys[2], keys[3], values[2], *parts, dv, X, b,
@@ -260,7 +257,7 @@ def backward(
     key = ("hopper_backward", call.key, ragged, initial_state is None, ends is None, segment > 0, registers)
     launch(backward_kernel, key, (places * HV, 1, 1), args, CONFIG, lambda: dict(
         GATED=G is not None, RAGGED=ragged, INITIAL=dinitial is not None, FINAL=ends is not None,
-        SPLIT=segment > 0, REST=X_low is not None, STATE_REGISTERS=registers, **call.sizes,
+        SPLIT=segment > 0, STATE_REGISTERS=registers, **call.sizes,
     ))  # fmt: skip
 
     if grouped:

@@ -6,6 +6,7 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 from deltanet.kernels.hopper.tiles import CHUNK
+from deltanet.kernels.triton import chunk_call
 
 # Barriers, by their place in one array; two places where a tile has two stages.
 LOADED_KEYS = gl.constexpr(0)  # k and beta (and G), two stages
@@ -35,6 +36,11 @@ LOADED_REST = gl.constexpr(23)  # what rounding left of X is in its place
 ALWAYS_0 = gl.constexpr(30)
 ALSO_0 = gl.constexpr(29)  # other such numbers, so that what was formed for one product is not kept for a later one
 THIRD_0 = gl.constexpr(28)
+
+
+def in_32_bits(call: chunk_call.Call) -> bool:
+    """Whether rows of tiles, and places in X after a sequence's first, are 32-bit numbers: in 64 bits the loading warp's 24 registers spill."""
+    return max(call.tokens * chunk_call.PACKED_ROW, call.slots[0] * call.HV * call.V) < 2**31 - 2**16
 
 
 @gluon.jit
@@ -115,24 +121,23 @@ def load(
 
 
 @gluon.jit
-def load_rest(X_low, strength, head, place, bars, span, HV: gl.constexpr, V: gl.constexpr, REST: gl.constexpr):
+def load_rest(X_low, strength, head, place, bars, span, HV: gl.constexpr, V: gl.constexpr):
     """One warp: what rounding left of X, of chunks with a beta above 1, to `place`, once that is free: at heads of 64 and 128 it is where P was."""
-    if REST:
-        chunks, rows, first = span
-        wide: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [1, 1], [1, 0])
-        line: gl.constexpr = gl.BlockedLayout([2], [32], [1], [0])
-        r = gl.arange(0, CHUNK, gl.SliceLayout(1, wide))
-        c = gl.arange(0, CHUNK, gl.SliceLayout(0, wide))
-        t = gl.arange(0, CHUNK, line)
-        careful = 0  # chunks so far
-        for back in range(chunks):
-            i = chunks - 1 - back
-            left = rows - i * CHUNK
-            if gl.max(gl.load(strength + i * CHUNK + t, mask=t < left, other=0.0), 0) > 1.0:
-                mbarrier.wait(bars.index(USED_P), careful & 1)
-                at = X_low + ((first + i * CHUNK).to(gl.int64) * HV + head) * V
-                async_copy.async_copy_global_to_shared(
-                    place.index(0), at + (r * (HV * V))[:, None] + c[None, :], mask=(r < left)[:, None] & (c[None, :] < 64)
-                )
-                async_copy.mbarrier_arrive(bars.index(LOADED_REST), increment_count=False)
-                careful += 1
+    chunks, rows, first = span
+    wide: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [1, 1], [1, 0])
+    line: gl.constexpr = gl.BlockedLayout([2], [32], [1], [0])
+    r = gl.arange(0, CHUNK, gl.SliceLayout(1, wide))
+    c = gl.arange(0, CHUNK, gl.SliceLayout(0, wide))
+    t = gl.arange(0, CHUNK, line)
+    careful = 0  # chunks so far
+    for back in range(chunks):
+        i = chunks - 1 - back
+        left = rows - i * CHUNK
+        if gl.max(gl.load(strength + i * CHUNK + t, mask=t < left, other=0.0), 0) > 1.0:
+            mbarrier.wait(bars.index(USED_P), careful & 1)
+            at = X_low + ((first + i * CHUNK).to(gl.int64) * HV + head) * V
+            async_copy.async_copy_global_to_shared(
+                place.index(0), at + (r * (HV * V))[:, None] + c[None, :], mask=(r < left)[:, None] & (c[None, :] < 64)
+            )
+            async_copy.mbarrier_arrive(bars.index(LOADED_REST), increment_count=False)
+            careful += 1

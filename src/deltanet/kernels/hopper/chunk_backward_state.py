@@ -44,8 +44,7 @@ def by_beta(errors, H, scale):
 @gluon.jit
 def state(
     half: gl.constexpr, tiles, bars, states, chunks, scale, inverse_scale,
-    K: gl.constexpr, V: gl.constexpr, GATED: gl.constexpr, FINAL: gl.constexpr, INITIAL: gl.constexpr,
-    REST: gl.constexpr,
+    K: gl.constexpr, V: gl.constexpr, GATED: gl.constexpr, RAGGED: gl.constexpr, FINAL: gl.constexpr, INITIAL: gl.constexpr,
 ):  # fmt: skip
     """One warpgroup: 64 rows of D^T, the gradients of the new values, and what they do to D."""
     sQ, sK, all_dO, all_E, all_S, all_X, sB, sG, all_P, all_D, all_W, sR, _, sV, _, _ = tiles
@@ -64,6 +63,8 @@ def state(
         D = gl.zeros([64, K], gl.float32, acc_k)
     none = gl.zeros([64, CHUNK], gl.float32, acc_c)
     rests = 0  # chunks so far with a beta above 1
+    if RAGGED:  # rows of the next sequence are cleared by then
+        mbarrier.wait(bars.index(READY_P), 0, pred=chunks > 0)
     for back in range(chunks):
         phase = back & 1
         stage = back & 1
@@ -110,20 +111,18 @@ def state(
             D = warpgroup_mma(outs, queries, D, is_async=True)
         b = sB.index(stage).load(tokens)
         G = warpgroup_mma_wait(1, deps=[G])
-        if REST:
-            careful = any_of_warp(gl.max(b, 0) > 1.0)
-            mbarrier.arrive(bars.index(USED_P), count=1, pred=careful)
+        careful = any_of_warp(gl.max(b, 0) > 1.0)
+        mbarrier.arrive(bars.index(USED_P), count=1, pred=careful)
         bG = gl.convert_layout((G * -b[None, :]).to(dtype), left_c)
         H = warpgroup_mma(bG, sX, G, is_async=True)
         mbarrier.wait(bars.index(LOADED_ERRORS), phase)
         H, D = warpgroup_mma_wait(0, deps=[H, D])
-        if REST:
-            if careful:
-                mbarrier.wait(bars.index(LOADED_REST), rests & 1)
-                fence_async_shared()
-                H = warpgroup_mma(bG, sP, H, is_async=True)
-                H = warpgroup_mma_wait(0, deps=[H])
-                rests += 1
+        if careful:
+            mbarrier.wait(bars.index(LOADED_REST), rests & 1)
+            fence_async_shared()
+            H = warpgroup_mma(bG, sP, H, is_async=True)
+            H = warpgroup_mma_wait(0, deps=[H])
+            rests += 1
         mbarrier.arrive(bars.index(FREED_OUTS), count=1)
         mbarrier.arrive(bars.index(FREED_QUERIES + stage), count=1)
         if not GATED:

@@ -31,7 +31,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from deltanet.kernels.hopper.chunk_backward_gradients import add, put
 from deltanet.kernels.hopper.chunk_backward_load import widened
 from deltanet.kernels.hopper.tensor_maps import tensor_map
-from deltanet.kernels.hopper.tiles import CHUNK, find_part, masked
+from deltanet.kernels.hopper.tiles import CHUNK, clear, find_part, masked
 from deltanet.kernels.launch import LaunchConfig
 from deltanet.kernels.triton import chunk_call
 from deltanet.kernels.triton.compiled import launch
@@ -47,7 +47,7 @@ SLOTS = gl.constexpr(3)
 # Barriers, by their place in one array
 LOADED = gl.constexpr(0)
 FREED = gl.constexpr(SLOTS.value)
-READY = gl.constexpr(2 * SLOTS.value)  # dP: queries -> keys
+READY = gl.constexpr(2 * SLOTS.value)  # dP, and q and k without rows of the next sequence: queries -> keys
 TAKEN = gl.constexpr(2 * SLOTS.value + 1)
 SUMMED = gl.constexpr(2 * SLOTS.value + 2)  # terms of dg: queries, keys -> gate
 NOTED = gl.constexpr(2 * SLOTS.value + 3)
@@ -188,9 +188,14 @@ def queries(
             dQ = dQ * scale
         mbarrier.wait(bars.index(TAKEN), turn ^ 1)
         sdP.store(masked(keep, dP, dtype))
+        j = n % SLOTS
+        if RAGGED:
+            if left < CHUNK:
+                mbarrier.wait(bars.index(LOADED + j), (n // SLOTS) & 1)
+                clear(sS.index(j), left, COLUMNS)
+                clear(sD.index(j), left, COLUMNS)
         fence_async_shared()
         mbarrier.arrive(bars.index(READY), count=1)
-        j = n % SLOTS
         mbarrier.wait(bars.index(LOADED + j), (n // SLOTS) & 1)
         dQ = warpgroup_mma(sdP, sD.index(j), dQ, is_async=True)
         dQ = warpgroup_mma_wait(0, deps=[dQ])
@@ -269,6 +274,8 @@ def keys(
         dK = dK * onward[:, None]
         j = n % SLOTS
         mbarrier.wait(bars.index(LOADED + j), (n // SLOTS) & 1)
+        if RAGGED:  # k is cleared by then
+            mbarrier.wait(bars.index(READY), turn)
         if GATED:
             new = gl.sum(widened(sD.index(j).load(acc_k)) * dK, 1)
         mbarrier.wait(bars.index(READY), turn)

@@ -25,7 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from deltanet.kernels.hopper.chunk_backward_gradients import decay_between, zero_rows
+from deltanet.kernels.hopper.chunk_backward_gradients import decay_between
 from deltanet.kernels.hopper.chunk_backward_load import (
     ALSO_0,
     ALWAYS_0,
@@ -47,7 +47,7 @@ from deltanet.kernels.hopper.chunk_backward_load import (
 )
 from deltanet.kernels.hopper.chunk_backward_state import by_beta
 from deltanet.kernels.hopper.tensor_maps import tensor_map
-from deltanet.kernels.hopper.tiles import CHUNK, any_of_warp, find_part, masked
+from deltanet.kernels.hopper.tiles import CHUNK, any_of_warp, clear, find_part, masked
 from deltanet.kernels.launch import LaunchConfig
 from deltanet.kernels.triton import chunk_call
 from deltanet.kernels.triton.compiled import launch
@@ -124,6 +124,16 @@ def auxiliary(tiles, bars, partial, span, K: gl.constexpr, GATED: gl.constexpr, 
     wide: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     rows_layout: gl.constexpr = gl.BlockedLayout([8, 1], [1, 32], [1, 4], [0, 1])
     t = gl.arange(0, CHUNK, gl.SliceLayout(0, rows_layout))
+    if RAGGED:  # of the last chunk what is the next sequence's; no chunk: none
+        left = rows - (chunks - 1) * CHUNK
+        if left < CHUNK:
+            mbarrier.wait(bars.index(LOADED_KEYS), 0)
+            mbarrier.wait(bars.index(LOADED_QUERIES), 0)
+            mbarrier.wait(bars.index(LOADED_OUTS), 0)
+            clear(sK.index(0), left, K)
+            clear(sQ.index(0), left, K)
+            for half in gl.static_range(2):
+                clear(sdO.index(half), left, ROWS)
     for back in range(chunks):
         i = chunks - 1 - back
         stage = back & 1
@@ -140,11 +150,6 @@ def auxiliary(tiles, bars, partial, span, K: gl.constexpr, GATED: gl.constexpr, 
                 part.store((widened(part.load(wide)) * into[:, None]).to(dtype))
         else:
             sP.store(masked(r[:, None] >= c[None, :], P, dtype))
-        if RAGGED:
-            if back == 0:
-                mbarrier.wait(bars.index(LOADED_OUTS), 0)
-                for half in gl.static_range(2):
-                    zero_rows(sdO.index(half), rows - i * CHUNK)
         fence_async_shared()
         mbarrier.arrive(bars.index(READY_P), count=1)
         mbarrier.arrive(bars.index(FREED_QUERIES), count=1)
@@ -161,7 +166,7 @@ def auxiliary(tiles, bars, partial, span, K: gl.constexpr, GATED: gl.constexpr, 
 def state(
     half: gl.constexpr, tiles, bars, outputs, places, states, span, scale, inverse_scale,
     K: gl.constexpr, V: gl.constexpr, HV: gl.constexpr, GATED: gl.constexpr, RAGGED: gl.constexpr, FINAL: gl.constexpr,
-    INITIAL: gl.constexpr, REST: gl.constexpr, OUTPUT: gl.constexpr,
+    INITIAL: gl.constexpr, OUTPUT: gl.constexpr,
 ):  # fmt: skip
     """One warpgroup: 64 rows of D^T, the gradients of the new values, and what they do to D."""
     all_Q, sK, sdO, sE, all_X, sB, sG, all_P, sD, sR, sX_low = tiles
@@ -186,8 +191,9 @@ def state(
     r = gl.arange(0, CHUNK, gl.SliceLayout(1, wide))
     c = gl.arange(0, ROWS, gl.SliceLayout(0, wide))
     rests = 0  # chunks so far with a beta above 1
-    if REST:
-        mbarrier.arrive(bars.index(FREED_REST), count=1)
+    mbarrier.arrive(bars.index(FREED_REST), count=1)
+    if RAGGED:  # rows of the next sequence are cleared by then
+        mbarrier.wait(bars.index(READY_P), 0, pred=chunks > 0)
     for back in range(chunks):
         i = chunks - 1 - back
         phase = back & 1
@@ -219,21 +225,19 @@ def state(
         D = warpgroup_mma(outs, queries, D, is_async=True)
         b = sB.index(stage).load(tokens)
         G = warpgroup_mma_wait(1, deps=[G])
-        if REST:
-            careful = any_of_warp(gl.max(b, 0) > 1.0)
+        careful = any_of_warp(gl.max(b, 0) > 1.0)
         bG = gl.convert_layout((G * -b[None, :]).to(dtype), left_c)
         H = warpgroup_mma(bG, sX, G, is_async=True)
         if OUTPUT:
             mbarrier.wait(bars.index(LOADED_ERRORS), phase)
         H, D = warpgroup_mma_wait(0, deps=[H, D])
-        if REST:
-            if careful:
-                mbarrier.wait(bars.index(LOADED_REST), rests & 1)
-                fence_async_shared()
-                H = warpgroup_mma(bG, sX_low.index(here), H, is_async=True)
-                H = warpgroup_mma_wait(0, deps=[H])
-                mbarrier.arrive(bars.index(FREED_REST), count=1)
-                rests += 1
+        if careful:
+            mbarrier.wait(bars.index(LOADED_REST), rests & 1)
+            fence_async_shared()
+            H = warpgroup_mma(bG, sX_low.index(here), H, is_async=True)
+            H = warpgroup_mma_wait(0, deps=[H])
+            mbarrier.arrive(bars.index(FREED_REST), count=1)
+            rests += 1
         mbarrier.arrive(bars.index(FREED_OUTS), count=1)
         mbarrier.arrive(bars.index(FREED_QUERIES), count=1)
         if OUTPUT:
@@ -281,7 +285,7 @@ def state_gradient_kernel(
     D,  # tiles [64, K] of [slots * HV * V, K] out: D / scale between chunks c and c + 1, in the slot of c + 1
     dv,  # tiles [64, 64] of [tokens, HV * V] out
     dv_at,  # the same memory as pointers, for the rows of a chunk that is not full
-    X_low,  # [tokens, HV, V]: what rounding left of X, of chunks with a beta above 1, 64 columns at the start of each 128, REST only
+    X_low,  # [tokens, HV, V]: what rounding left of X, of chunks with a beta above 1, 64 columns at the start of each 128
     X,  # [HV, tokens * 48]
     strength,  # [HV, tokens] fp32: beta
     G,  # [HV, tokens] fp32, GATED only
@@ -307,7 +311,6 @@ def state_gradient_kernel(
     INITIAL: gl.constexpr,
     FINAL: gl.constexpr,
     OUTPUT: gl.constexpr,  # else only what becomes of D
-    REST: gl.constexpr,
     STATE_REGISTERS: gl.constexpr,
 ):
     TILES: gl.constexpr = V // COLUMNS
@@ -352,9 +355,7 @@ def state_gradient_kernel(
     sD = gl.allocate_shared_memory(dtype, [2, ROWS, K], swizzled)
     sX = gl.allocate_shared_memory(dtype, [1, CHUNK, CHUNK], swizzled)
     sP = gl.allocate_shared_memory(dtype, [1, CHUNK, CHUNK], swizzled)
-    sX_low = sX
-    if REST:
-        sX_low = gl.allocate_shared_memory(dtype, [1, CHUNK, CHUNK], swizzled)
+    sX_low = gl.allocate_shared_memory(dtype, [1, CHUNK, CHUNK], swizzled)
     sB = gl.allocate_shared_memory(gl.float32, [2, CHUNK], plain)
     sG = sB
     if GATED:
@@ -385,15 +386,15 @@ def state_gradient_kernel(
     states = (dfinal + end_at, dinitial + state_at, part)
     gl.warp_specialize([
         (auxiliary, (tiles, bars, partial, span, K, GATED, RAGGED, OUTPUT)),
-        (state, (0, tiles, bars, outputs, places, states, span, scale, inverse_scale, K, V, HV, GATED, RAGGED, FINAL, INITIAL, REST, OUTPUT)),
-        (state, (1, tiles, bars, outputs, places, states, span, scale, inverse_scale, K, V, HV, GATED, RAGGED, FINAL, INITIAL, REST, OUTPUT)),
+        (state, (0, tiles, bars, outputs, places, states, span, scale, inverse_scale, K, V, HV, GATED, RAGGED, FINAL, INITIAL, OUTPUT)),
+        (state, (1, tiles, bars, outputs, places, states, span, scale, inverse_scale, K, V, HV, GATED, RAGGED, FINAL, INITIAL, OUTPUT)),
         (load, (sources, tiles, bars, key_head, column, span, K, GATED, OUTPUT)),
-        (load_rest, (X_low + tile * COLUMNS, strength, head, sX_low, bars, span, HV, V, REST)),
+        (load_rest, (X_low + tile * COLUMNS, strength, head, sX_low, bars, span, HV, V)),
     ], [4, 4, 1, 1], [STATE_REGISTERS, STATE_REGISTERS, 24, 24])  # fmt: skip
 
 
 def state_gradient(
-    call: chunk_call.Call, q: Tensor, k: Tensor, do: Tensor, E: Tensor, b: Tensor, G: Tensor | None, X: Tensor, X_low: Tensor | None,
+    call: chunk_call.Call, q: Tensor, k: Tensor, do: Tensor, E: Tensor, b: Tensor, G: Tensor | None, X: Tensor, X_low: Tensor,
     dfinal: Tensor | None, dv: Tensor | None, partial: Tensor | None, D: Tensor | None, dinitial: Tensor | None, scale: float, *, split: bool,
 ) -> None:  # fmt: skip
     """Write dv, the sums over 128 columns of V that make dbeta, D of every chunk's end but a sequence's, and dinitial.
@@ -408,11 +409,11 @@ def state_gradient(
     ragged = call.packed or call.T % CHUNK.value != 0
     places = call.parts(call.segment) if split else call.N
     args = (
-        *keys, *values, states, values[0] if dv is None else tensor_map(dv, HV * V, CHUNK.value, 64), *chunk_call.or_stand_in(do, dv, X_low), X, b,
+        *keys, *values, states, values[0] if dv is None else tensor_map(dv, HV * V, CHUNK.value, 64), *chunk_call.or_stand_in(do, dv), X_low, X, b,
         *chunk_call.or_stand_in(b, G, partial, dfinal, dinitial, call.place[0]), *call.place[1:], call.segment if split else 0, scale, 1.0 / scale,
     )  # fmt: skip
     key = ("hopper state gradient", call.key, ragged, dfinal is None, dinitial is None, split, dv is None)
     launch(state_gradient_kernel, key, (places * HV * (V // COLUMNS.value), 1, 1), args, CONFIG, lambda: dict(
         GATED=G is not None, RAGGED=ragged, INITIAL=dinitial is not None, FINAL=dfinal is not None, SPLIT=split, OUTPUT=dv is not None,
-        REST=X_low is not None, STATE_REGISTERS=STATE_REGISTERS, **call.sizes,
+        STATE_REGISTERS=STATE_REGISTERS, **call.sizes,
     ))  # fmt: skip
