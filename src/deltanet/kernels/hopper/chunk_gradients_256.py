@@ -188,14 +188,14 @@ def queries(
             dQ = dQ * scale
         mbarrier.wait(bars.index(TAKEN), turn ^ 1)
         sdP.store(masked(keep, dP, dtype))
-        j = n % SLOTS
         if RAGGED:
             if left < CHUNK:
-                mbarrier.wait(bars.index(LOADED + j), (n // SLOTS) & 1)
-                clear(sS.index(j), left, COLUMNS)
-                clear(sD.index(j), left, COLUMNS)
+                mbarrier.wait(bars.index(LOADED + n % SLOTS), (n // SLOTS) & 1)
+                clear(sS.index(n % SLOTS), left, COLUMNS)
+                clear(sD.index(n % SLOTS), left, COLUMNS)
         fence_async_shared()
         mbarrier.arrive(bars.index(READY), count=1)
+        j = n % SLOTS
         mbarrier.wait(bars.index(LOADED + j), (n // SLOTS) & 1)
         dQ = warpgroup_mma(sdP, sD.index(j), dQ, is_async=True)
         dQ = warpgroup_mma_wait(0, deps=[dQ])
