@@ -76,7 +76,7 @@ def chunk_forward(
         if final is not None:
             final.zero_() if initial_state is None else final.copy_(initial_state)
         return o, final, kept
-    X_low = torch.empty_like(X) if q.dtype in chunk_call.ROUNDING_COUNTS else None
+    X_low = torch.empty_like(X)  # what rounding left of X counts in both dtypes (chunk_call.ROUNDING_COUNTS)
     _transform(call, k, beta, g, b, G, X, X_low)
     inputs = (q, k, v, b, G, X, X_low)
     if call.segment:
@@ -163,10 +163,10 @@ def _bind_context(device: torch.device) -> None:
 
 def _transform(call: _Call, k, beta, g, b, G, X, X_low) -> None:
     keys = tensor_map(k, call.H * call.K, CHUNK, call.K)
-    args = (keys, beta, *chunk_call.or_stand_in(beta, g), b, *chunk_call.or_stand_in(b, G), X, *chunk_call.or_stand_in(X, X_low), *_place(call, k))
+    args = (keys, beta, *chunk_call.or_stand_in(beta, g), b, *chunk_call.or_stand_in(b, G), X, X_low, *_place(call, k))
     key = ("hopper transform", call.key)
     launch(transform, key, (call.parts(CHUNK) * call.HV, 1, 1), args, TRANSFORM, lambda: dict(
-        H=call.H, HV=call.HV, K=call.K, PACKED=call.packed, GATED=g is not None, REST=X_low is not None,
+        H=call.H, HV=call.HV, K=call.K, PACKED=call.packed, GATED=g is not None,
     ))  # fmt: skip
 
 
@@ -190,7 +190,7 @@ def _forward(
     states = keys if S is None or S.numel() == 0 else tensor_map(S, K, CHUNK, min(K, 128))
     args = (
         tensor_map(q, call.H * K, CHUNK, K), keys, tensor_map(v, HV * V, CHUNK, call.columns), outputs, errors, states,
-        b, *chunk_call.or_stand_in(b, G), X, *chunk_call.or_stand_in(X, X_low), *chunk_call.or_stand_in(b, initial), *chunk_call.or_stand_in(v, o, E),
+        b, *chunk_call.or_stand_in(b, G), X, X_low, *chunk_call.or_stand_in(b, initial), *chunk_call.or_stand_in(v, o, E),
         *chunk_call.or_stand_in(b, final, transition), *_place(call, k), call.segment, *used, *(() if K == WIDE else (first_part,)), scale,
     )  # fmt: skip
     flags = (initial is None, transition is None, o is None, E is None, S is None, final_of, call.segment > 0, call.columns)
@@ -198,6 +198,6 @@ def _forward(
     kernel, own = (forward_256, WIDE_REGISTERS) if K == WIDE else (forward, own)
     launch(kernel, ("hopper forward", call.key, flags), (programs * HV, 1, 1), args, FORWARD, lambda: dict(
         H=call.H, HV=HV, K=K, V=V, STAGES=FORWARD.stages, SPLIT=call.segment > 0, PACKED=call.packed,
-        GATED=G is not None, REST=X_low is not None, INITIAL=initial is not None,
+        GATED=G is not None, INITIAL=initial is not None,
         OUTPUT=transition is None, SAVE_E=E is not None, SAVE_S=S is not None, FINAL=final_of, **own,
     ))  # fmt: skip

@@ -21,7 +21,15 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup
 from deltanet.kernels.hopper.chunk_backward_load import ALWAYS_0, widened
 from deltanet.kernels.hopper.chunk_state import ROWS, loader, prepare
 from deltanet.kernels.hopper.tensor_maps import tensor_map
-from deltanet.kernels.hopper.tiles import CHUNK, any_of_warp, find_part, remembered
+from deltanet.kernels.hopper.tiles import (
+    CHUNK,
+    SWIZZLED,
+    allocate_barriers,
+    allocate_vectors,
+    any_of_warp,
+    find_part,
+    remembered,
+)
 from deltanet.kernels.launch import LaunchConfig
 from deltanet.kernels.triton import chunk as portable
 from deltanet.kernels.triton import chunk_call
@@ -37,13 +45,13 @@ SHORTEST = 512  # tokens of a segment that is walked to
 @gluon.jit
 def state(
     half: gl.constexpr, tiles, shared, vectors, barriers, given, out, back_to, row, chunks, segment, inverse_scale, scale,
-    STAGES: gl.constexpr, GATED: gl.constexpr, REST: gl.constexpr, WALK: gl.constexpr, FINAL: gl.constexpr,
+    STAGES: gl.constexpr, GATED: gl.constexpr, WALK: gl.constexpr, FINAL: gl.constexpr,
     K: gl.constexpr, V: gl.constexpr,
 ):  # fmt: skip
     """64 columns of V: D^T `[64, K]`, to `out` at its end or, walking, at every boundary on the way."""
     q_s, k_s, do_s = tiles
     P_s, X_s, X_low_s = shared
-    b_s, into_s, onward_s, last_s = vectors
+    b_s, _, into_s, onward_s, last_s = vectors
     loaded, freed, ready, taken = barriers
     by_token: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, CHUNK, 16])
     by_key: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, K, 16])
@@ -89,13 +97,11 @@ def state(
         b = b_s.index(j).load(columns)
         bA = gl.convert_layout((A * -b[None, :]).to(dtype), first_token)
         H = warpgroup_mma(bA, X_s.index(j), A, is_async=True)
-        if REST:
-            above_one = any_of_warp(gl.max(b, 0) > 1.0)
+        above_one = any_of_warp(gl.max(b, 0) > 1.0)
         H, D = warpgroup_mma_wait(0, deps=[H, D])
-        if REST:
-            if above_one:
-                H = warpgroup_mma(bA, X_low_s.index(j), H, is_async=True)
-                H = warpgroup_mma_wait(0, deps=[H])
+        if above_one:
+            H = warpgroup_mma(bA, X_low_s.index(j), H, is_async=True)
+            H = warpgroup_mma_wait(0, deps=[H])
         dW = H * -b[None, :]
         if GATED:
             dW = dW * into_s.index(j).load(columns)[None, :]
@@ -121,7 +127,7 @@ def ends_kernel(
     strength,  # [HV, tokens] fp32: beta
     G,  # [HV, tokens] fp32, GATED only
     X,  # [HV, tokens * 48]
-    X_low,  # [tokens, HV, V]: what rounding left of X, of chunks with a beta above 1, in the first 64 columns, REST only
+    X_low,  # [tokens, HV, V]: what rounding left of X, of chunks with a beta above 1, in the first 64 columns
     dfinal,  # [N, HV, K, V] fp32, FINAL only
     out,  # [segments, HV, K, V] fp32 out: walking, D at the end of each segment; else D at the start of each but a sequence's first, from zero
     cu_seqlens,
@@ -141,7 +147,6 @@ def ends_kernel(
     WALK: gl.constexpr,  # a program a sequence, else one a segment
     PACKED: gl.constexpr,
     GATED: gl.constexpr,
-    REST: gl.constexpr,
     FINAL: gl.constexpr,  # walking only
     STATE_REGISTERS: gl.constexpr,
     AUXILIARY_REGISTERS: gl.constexpr,
@@ -185,44 +190,21 @@ def ends_kernel(
     out += (place.to(gl.int64) * HV + head) * (K * V) + tile * COLUMNS
 
     dtype: gl.constexpr = k.dtype
-    swizzled: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
-    plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    q_s = gl.allocate_shared_memory(dtype, [STAGES, CHUNK, K], swizzled)
-    k_s = gl.allocate_shared_memory(dtype, [STAGES, CHUNK, K], swizzled)
-    do_s = gl.allocate_shared_memory(dtype, [STAGES, CHUNK, COLUMNS], swizzled)
-    P_s = gl.allocate_shared_memory(dtype, [2, CHUNK, CHUNK], swizzled)
-    X_s = gl.allocate_shared_memory(dtype, [2, CHUNK, CHUNK], swizzled)
-    X_low_s = X_s
-    if REST:
-        X_low_s = gl.allocate_shared_memory(dtype, [2, CHUNK, CHUNK], swizzled)
-    b_s = gl.allocate_shared_memory(gl.float32, [2, CHUNK], plain)
-    G_s = b_s.index(0)
-    into_s = b_s
-    onward_s = b_s
-    last_s = b_s
-    if GATED:
-        G_s = gl.allocate_shared_memory(gl.float32, [CHUNK], plain)
-        into_s = gl.allocate_shared_memory(gl.float32, [2, CHUNK], plain)
-        onward_s = gl.allocate_shared_memory(gl.float32, [2, CHUNK], plain)
-        last_s = gl.allocate_shared_memory(gl.float32, [2, CHUNK], plain)
-
-    line: gl.constexpr = mbarrier.MBarrierLayout()
-    loaded = gl.allocate_shared_memory(gl.int64, [STAGES, 1], line)
-    freed = gl.allocate_shared_memory(gl.int64, [STAGES, 1], line)
-    ready = gl.allocate_shared_memory(gl.int64, [2, 1], line)
-    taken = gl.allocate_shared_memory(gl.int64, [2, 1], line)
-    for i in gl.static_range(STAGES):
-        mbarrier.init(loaded.index(i), count=1)
-        mbarrier.init(freed.index(i), count=COLUMNS // ROWS + 1)
-    for i in gl.static_range(2):
-        mbarrier.init(ready.index(i), count=1)
-        mbarrier.init(taken.index(i), count=COLUMNS // ROWS)
+    q_s = gl.allocate_shared_memory(dtype, [STAGES, CHUNK, K], SWIZZLED)
+    k_s = gl.allocate_shared_memory(dtype, [STAGES, CHUNK, K], SWIZZLED)
+    do_s = gl.allocate_shared_memory(dtype, [STAGES, CHUNK, COLUMNS], SWIZZLED)
+    P_s = gl.allocate_shared_memory(dtype, [2, CHUNK, CHUNK], SWIZZLED)
+    X_s = gl.allocate_shared_memory(dtype, [2, CHUNK, CHUNK], SWIZZLED)
+    X_low_s = gl.allocate_shared_memory(dtype, [2, CHUNK, CHUNK], SWIZZLED)
+    vectors = allocate_vectors(2, GATED)
+    loaded = allocate_barriers(STAGES, 1)
+    freed = allocate_barriers(STAGES, COLUMNS // ROWS + 1)
+    ready = allocate_barriers(2, 1)
+    taken = allocate_barriers(2, COLUMNS // ROWS)
 
     tiles = (q_s, k_s, do_s)
     shared = (P_s, X_s, X_low_s)
     barriers = (loaded, freed, ready, taken)
-    vectors = (b_s, into_s, onward_s, last_s)
-    aux_vectors = (b_s, G_s, into_s, onward_s, last_s)
     X_low += (begin * HV + head) * V
     row = chunks * CHUNK
     back_to = HV * K * V
@@ -230,11 +212,11 @@ def ends_kernel(
         gl.warp_specialize(
             [
                 (state, (0, tiles, shared, vectors, barriers, given, out, back_to, row, chunks, segment, inverse_scale, scale,
-                         STAGES, GATED, REST, WALK, FINAL, K, V)),
+                         STAGES, GATED, WALK, FINAL, K, V)),
                 (state, (1, tiles, shared, vectors, barriers, given + ROWS, out + ROWS, back_to, row, chunks, segment, inverse_scale, scale,
-                         STAGES, GATED, REST, WALK, FINAL, K, V)),
-                (prepare, (tiles, shared, aux_vectors, barriers, strength + along, G + along, X + along * 48, X_low,
-                             length, chunks, 1.0, STAGES, GATED, REST, True, K, COLUMNS, True, HV * V)),
+                         STAGES, GATED, WALK, FINAL, K, V)),
+                (prepare, (tiles, shared, vectors, barriers, strength + along, G + along, X + along * 48, X_low,
+                             length, chunks, 1.0, STAGES, GATED, True, K, COLUMNS, True, HV * V)),
                 (loader, (q, k, do, tiles, (loaded, freed), row0, key_col, value_col, chunks, STAGES, True, True)),
             ],
             [4, 4, 1],
@@ -244,9 +226,9 @@ def ends_kernel(
         gl.warp_specialize(
             [
                 (state, (0, tiles, shared, vectors, barriers, given, out, back_to, row, chunks, segment, inverse_scale, scale,
-                         STAGES, GATED, REST, WALK, FINAL, K, V)),
-                (prepare, (tiles, shared, aux_vectors, barriers, strength + along, G + along, X + along * 48, X_low,
-                             length, chunks, 1.0, STAGES, GATED, REST, True, K, COLUMNS, True, HV * V)),
+                         STAGES, GATED, WALK, FINAL, K, V)),
+                (prepare, (tiles, shared, vectors, barriers, strength + along, G + along, X + along * 48, X_low,
+                             length, chunks, 1.0, STAGES, GATED, True, K, COLUMNS, True, HV * V)),
                 (loader, (q, k, do, tiles, (loaded, freed), row0, key_col, value_col, chunks, STAGES, True, True)),
             ],
             [4, 1],
@@ -266,7 +248,7 @@ def cut(call: chunk_call.Call, device: torch.device) -> int:
 
 
 def segment_ends(
-    call: chunk_call.Call, segment: int, q: Tensor, k: Tensor, do: Tensor, b: Tensor, G: Tensor | None, X: Tensor, X_low: Tensor | None,
+    call: chunk_call.Call, segment: int, q: Tensor, k: Tensor, do: Tensor, b: Tensor, G: Tensor | None, X: Tensor, X_low: Tensor,
     M: Tensor | None, dfinal: Tensor | None, scale: float,
 ) -> Tensor:  # fmt: skip
     """D at the end of each segment `[segments, HV, K, V]` fp32. X_low lies where dv will (chunk_rest.py)."""
@@ -276,7 +258,7 @@ def segment_ends(
 
 def find_ends(
     call: chunk_call.Call, segment: int, q: Tensor, k: Tensor, do: Tensor, b: Tensor, G: Tensor | None, X: Tensor,
-    X_low: Tensor | None, dfinal: Tensor | None, scale: float, *, walk: bool,
+    X_low: Tensor, dfinal: Tensor | None, scale: float, *, walk: bool,
 ) -> Tensor:  # fmt: skip
     """Walking, D at the end of each segment; else what each makes of a D of zero."""
     H, HV, K, V = call.H, call.HV, call.K, call.V
@@ -285,12 +267,12 @@ def find_ends(
     out = q.new_empty(call.parts(segment), HV, K, V, dtype=torch.float32)
     args = (
         tensor_map(q, H * K, CHUNK.value, K), tensor_map(k, H * K, CHUNK.value, K), tensor_map(do, HV * V, CHUNK.value, columns),
-        b, b if G is None else G, X, X if X_low is None else X_low, b if dfinal is None else dfinal, out,
+        b, b if G is None else G, X, X_low, b if dfinal is None else dfinal, out,
         b if call.place[0] is None else call.place[0], *call.place[1:], segment, scale, 1.0 / scale,
     )  # fmt: skip
-    key = ("hopper ends", call.key, X_low is None, dfinal is None, walk)
+    key = ("hopper ends", call.key, dfinal is None, walk)
     launch(ends_kernel, key, (programs, 1, 1), args, CONFIG, lambda: dict(
-        COLUMNS=columns, STAGES=CONFIG.stages, WALK=walk, GATED=G is not None, REST=X_low is not None, FINAL=dfinal is not None,
+        COLUMNS=columns, STAGES=CONFIG.stages, WALK=walk, GATED=G is not None, FINAL=dfinal is not None,
         **REGISTERS, **call.sizes,
     ))  # fmt: skip
     return out

@@ -25,7 +25,24 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_wait
 
-from deltanet.kernels.hopper.tiles import CHUNK, any_of_warp, clear, find_part, masked, power_of_2, without_forgotten
+from deltanet.kernels.hopper.tiles import (
+    CHUNK,
+    SWIZZLED,
+    WIDE,
+    allocate_barriers,
+    allocate_vectors,
+    any_of_warp,
+    ask,
+    clear,
+    find_chunks,
+    in_X,
+    masked,
+    needed,
+    power_of_2,
+    put_vectors,
+    store_tile,
+    without_forgotten,
+)
 
 ROWS = gl.constexpr(64)  # columns of V that one state warpgroup owns: rows of S^T
 
@@ -56,22 +73,22 @@ def loader(q, k, v, tiles, barriers, row0, key_col, value_col, chunks, STAGES: g
 @gluon.jit
 def auxiliary(
     tiles, shared, vectors, barriers, strength, G, X, X_low, length, chunks, scale, whole,
-    STAGES: gl.constexpr, GATED: gl.constexpr, REST: gl.constexpr, OUTPUT: gl.constexpr, FIRST: gl.constexpr, K: gl.constexpr, VALUES: gl.constexpr,
+    STAGES: gl.constexpr, GATED: gl.constexpr, OUTPUT: gl.constexpr, FIRST: gl.constexpr, K: gl.constexpr, VALUES: gl.constexpr,
 ):  # fmt: skip
     """prepare, with or without outputs: as the launch has it, or as this program does."""
     if FIRST:
         if any_of_warp(whole):
-            prepare(tiles, shared, vectors, barriers, strength, G, X, X_low, length, chunks, scale, STAGES, GATED, REST, True, K, VALUES)
+            prepare(tiles, shared, vectors, barriers, strength, G, X, X_low, length, chunks, scale, STAGES, GATED, True, K, VALUES)
         else:
-            prepare(tiles, shared, vectors, barriers, strength, G, X, X_low, length, chunks, scale, STAGES, GATED, REST, False, K, VALUES)
+            prepare(tiles, shared, vectors, barriers, strength, G, X, X_low, length, chunks, scale, STAGES, GATED, False, K, VALUES)
     else:
-        prepare(tiles, shared, vectors, barriers, strength, G, X, X_low, length, chunks, scale, STAGES, GATED, REST, OUTPUT, K, VALUES)
+        prepare(tiles, shared, vectors, barriers, strength, G, X, X_low, length, chunks, scale, STAGES, GATED, OUTPUT, K, VALUES)
 
 
 @gluon.jit
 def prepare(
     tiles, shared, vectors, barriers, strength, G, X, X_low, length, chunks, scale,
-    STAGES: gl.constexpr, GATED: gl.constexpr, REST: gl.constexpr, OUTPUT: gl.constexpr, K: gl.constexpr, VALUES: gl.constexpr,
+    STAGES: gl.constexpr, GATED: gl.constexpr, OUTPUT: gl.constexpr, K: gl.constexpr, VALUES: gl.constexpr,
     BACKWARDS: gl.constexpr = False, LOW_ROW: gl.constexpr = 0,
 ):  # fmt: skip
     """What of a chunk does not depend on the state: P = scale tril(Q K^T e^(G_i - G_j)), X, and beta and the decays as vectors.
@@ -80,36 +97,22 @@ def prepare(
     """
     q_s, k_s, v_s = tiles
     P_s, X_s, X_low_s = shared
-    b_s, G_s, into_s, onward_s, last_s = vectors
+    _, G_s, _, _, _ = vectors
     loaded, freed, ready, taken = barriers
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, CHUNK, 16])
-    wide: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    line: gl.constexpr = gl.BlockedLayout([2], [32], [4], [0])  # every warp holds all 64
-    xr = gl.arange(0, CHUNK, gl.SliceLayout(1, wide))
-    xc = gl.arange(0, CHUNK, gl.SliceLayout(0, wide))
-    x_at = gl.where(xr < 32, xr * 32, xr * 64 - 1024)[:, None] + xc[None, :]
-    x_in = (xr[:, None] >= 32) | (xc[None, :] < 32)
-    t1 = gl.arange(0, CHUNK, line)
     r = gl.arange(0, CHUNK, gl.SliceLayout(1, mma))
     c = gl.arange(0, CHUNK, gl.SliceLayout(0, mma))
-
-    # what comes from memory without TMA is loaded a chunk ahead
     if BACKWARDS:
-        at = gl.maximum(chunks - 1, 0) * CHUNK
-        rows = length - at
+        token = gl.maximum(chunks - 1, 0) * CHUNK
     else:
         gdc_wait()
-        at = chunks * 0
-        rows = length
-    x_next = gl.load(X + at * 48 + x_at, mask=x_in & (xr < rows)[:, None], other=0.0)
-    b_next = gl.load(strength + at + t1, mask=t1 < rows, other=0.0)
-    if GATED:
-        last_next = gl.load(G + gl.minimum(length, at + CHUNK) - 1, mask=length > 0, other=0.0)  # an empty sequence has no last token
-        G_next = gl.load(G + at + t1, mask=t1 < rows, other=0.0)
+        token = chunks * 0
+    x, b, decay, last = ask(X, strength, G, token, length, GATED)
 
     for t in range(chunks):
         i = t % STAGES
         j = t % 2
+        rows = length - token
         mbarrier.wait(loaded.index(i), (t // STAGES) & 1)
         if rows < CHUNK:
             clear(k_s.index(i), rows, K)
@@ -121,24 +124,17 @@ def prepare(
                 q_s.index(i), k_s.index(i).permute((1, 0)), gl.zeros([CHUNK, CHUNK], gl.float32, mma), use_acc=False, is_async=True
             )
         mbarrier.wait(taken.index(j), ((t // 2) & 1) ^ 1)
-        X_s.index(j).store(x_next)
-        b_s.index(j).store(b_next)
-        if REST:
-            if any_of_warp(gl.max(b_next, 0) > 1.0):
-                if BACKWARDS:
-                    low = gl.load(X_low + (at + xr).to(gl.int64)[:, None] * LOW_ROW + xc[None, :], mask=(xr < rows)[:, None], other=0.0)
-                else:
-                    low = gl.load(X_low + at * 48 + x_at, mask=x_in & (xr < rows)[:, None], other=0.0)
-                X_low_s.index(j).store(low)
-        if GATED:
-            Gc = gl.where(t1 < rows, G_next, last_next)
-            G_s.store(Gc)
-            into_s.index(j).store(power_of_2(Gc))
+        X_s.index(j).store(x)
+        if any_of_warp(gl.max(b, 0) > 1.0):
             if BACKWARDS:
-                onward_s.index(j).store(power_of_2(last_next - Gc))
+                xr = gl.arange(0, CHUNK, gl.SliceLayout(1, WIDE))
+                xc = gl.arange(0, CHUNK, gl.SliceLayout(0, WIDE))
+                low = gl.load(X_low + (token + xr).to(gl.int64)[:, None] * LOW_ROW + xc[None, :], mask=(xr < rows)[:, None], other=0.0)
             else:
-                onward_s.index(j).store(b_next * power_of_2(last_next - Gc))
-            last_s.index(j).store(power_of_2(gl.zeros_like(Gc) + last_next))
+                at, inside = in_X(rows)
+                low = gl.load(X_low + token.to(gl.int64) * 48 + at, mask=inside, other=0.0)
+            X_low_s.index(j).store(low)
+        put_vectors(vectors, j, b, decay, last, rows, GATED, not BACKWARDS)
         if OUTPUT:
             P = warpgroup_mma_wait(0, deps=[P])
             if GATED:
@@ -154,60 +150,43 @@ def prepare(
         mbarrier.arrive(freed.index(i), count=1)
 
         if BACKWARDS:
-            at = gl.maximum(at - CHUNK, 0)
+            token = gl.maximum(token - CHUNK, 0)
         else:
-            at += CHUNK
-        rows = length - at
-        x_next = gl.load(X + at * 48 + x_at, mask=x_in & (xr < rows)[:, None], other=0.0)
-        b_next = gl.load(strength + at + t1, mask=t1 < rows, other=0.0)
-        if GATED:
-            last_next = gl.load(G + gl.minimum(length, at + CHUNK) - 1)
-            G_next = gl.load(G + at + t1, mask=t1 < rows, other=0.0)
-
-
-@gluon.jit
-def store_tile(desc, tile, pointer, row, col, rows, stride, wide: gl.constexpr):
-    """Write a [64, 64] tile of shared memory to rows of a matrix: by TMA, or in a sequence's last chunk the rows it has."""
-    if rows >= CHUNK:
-        tma.async_copy_shared_to_global(desc, [row, col], tile)
-    else:
-        r = gl.arange(0, CHUNK, gl.SliceLayout(1, wide))
-        c = gl.arange(0, CHUNK, gl.SliceLayout(0, wide))
-        at = (row + r).to(gl.int64)[:, None] * stride + (col + c)[None, :]
-        gl.store(pointer + at, tile.load(wide), mask=(r < rows)[:, None])
+            token += CHUNK
+        x, b, decay, last = ask(X, strength, G, token, length, GATED)
 
 
 @gluon.jit
 def state(
     half: gl.constexpr, tiles, shared, vectors, barriers, staging, descs, pointers,
-    initial, identity, final, ends, row0, value_col, state_row, first_slot, no_slot, length, chunks, scale, whole,
-    STAGES: gl.constexpr, GATED: gl.constexpr, REST: gl.constexpr, INITIAL: gl.constexpr, OUTPUT: gl.constexpr, FIRST: gl.constexpr,
+    initial, identity, final, ends, row0, value_col, first_slot, no_slot, length, chunks, scale, whole,
+    STAGES: gl.constexpr, GATED: gl.constexpr, INITIAL: gl.constexpr, OUTPUT: gl.constexpr, FIRST: gl.constexpr,
     SAVE_E: gl.constexpr, SAVE_S: gl.constexpr, FINAL: gl.constexpr, K: gl.constexpr, V: gl.constexpr, HV: gl.constexpr,
 ):  # fmt: skip
     """follow, with or without outputs: as the launch has it, or as this program does."""
     if FIRST:
         if any_of_warp(whole):
-            follow(half, tiles, shared, vectors, barriers, staging, descs, pointers, initial, identity, final, ends, row0, value_col, state_row,
-                   first_slot, no_slot, length, chunks, scale, STAGES, GATED, REST, INITIAL, True, SAVE_E, SAVE_S, FINAL, K, V, HV)  # fmt: skip
+            follow(half, tiles, shared, vectors, barriers, staging, descs, pointers, initial, identity, final, ends, row0, value_col,
+                   first_slot, no_slot, length, chunks, scale, STAGES, GATED, INITIAL, True, SAVE_E, SAVE_S, FINAL, K, V, HV)  # fmt: skip
         else:
-            follow(half, tiles, shared, vectors, barriers, staging, descs, pointers, initial, identity, final, ends, row0, value_col, state_row,
-                   first_slot, no_slot, length, chunks, scale, STAGES, GATED, REST, False, False, False, False, FINAL, K, V, HV)  # fmt: skip
+            follow(half, tiles, shared, vectors, barriers, staging, descs, pointers, initial, identity, final, ends, row0, value_col,
+                   first_slot, no_slot, length, chunks, scale, STAGES, GATED, False, False, False, False, FINAL, K, V, HV)  # fmt: skip
     else:
-        follow(half, tiles, shared, vectors, barriers, staging, descs, pointers, initial, identity, final, ends, row0, value_col, state_row,
-               first_slot, no_slot, length, chunks, scale, STAGES, GATED, REST, INITIAL, OUTPUT, SAVE_E, SAVE_S, FINAL, K, V, HV)  # fmt: skip
+        follow(half, tiles, shared, vectors, barriers, staging, descs, pointers, initial, identity, final, ends, row0, value_col,
+               first_slot, no_slot, length, chunks, scale, STAGES, GATED, INITIAL, OUTPUT, SAVE_E, SAVE_S, FINAL, K, V, HV)  # fmt: skip
 
 
 @gluon.jit
 def follow(
     half: gl.constexpr, tiles, shared, vectors, barriers, staging, descs, pointers,
-    initial, identity, final, ends, row0, value_col, state_row, first_slot, no_slot, length, chunks, scale,
-    STAGES: gl.constexpr, GATED: gl.constexpr, REST: gl.constexpr, INITIAL: gl.constexpr, OUTPUT: gl.constexpr,
+    initial, identity, final, ends, row0, value_col, first_slot, no_slot, length, chunks, scale,
+    STAGES: gl.constexpr, GATED: gl.constexpr, INITIAL: gl.constexpr, OUTPUT: gl.constexpr,
     SAVE_E: gl.constexpr, SAVE_S: gl.constexpr, FINAL: gl.constexpr, K: gl.constexpr, V: gl.constexpr, HV: gl.constexpr,
 ):  # fmt: skip
     """64 columns of V: S^T `[64, K]` in registers, everything else passes through."""
     q_s, k_s, v_s = tiles
     P_s, X_s, X_low_s = shared
-    b_s, into_s, onward_s, last_s = vectors
+    b_s, _, into_s, onward_s, last_s = vectors
     loaded, freed, ready, taken = barriers
     o_s, E_s, S_s = staging
     o_desc, E_desc, S_desc = descs
@@ -217,7 +196,6 @@ def follow(
     first_token: gl.constexpr = gl.DotOperandLayout(0, by_token, 2)
     first_key: gl.constexpr = gl.DotOperandLayout(0, by_key, 2)
     columns: gl.constexpr = gl.SliceLayout(0, by_token)
-    wide: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     dtype: gl.constexpr = k_s.dtype
 
     e_row = gl.arange(0, ROWS, gl.SliceLayout(1, by_key))
@@ -254,7 +232,7 @@ def follow(
             if first_slot + t > no_slot:
                 S_s.index(half).store(Sb)
                 fence_async_shared()
-                tma.async_copy_shared_to_global(S_desc, [(first_slot + t) * (HV * V) + state_row, 0], S_s.index(half))
+                tma.async_copy_shared_to_global(S_desc, [(first_slot + t) * (HV * V) + value_col, 0], S_s.index(half))
         # both at once: until O is there the fragments of S stay in registers, and there is no room for what follows beside them
         if OUTPUT:
             W, O = warpgroup_mma_wait(0, deps=[W, O])
@@ -272,13 +250,11 @@ def follow(
             W = values - W
         bW = gl.convert_layout((W * -b[None, :]).to(dtype), first_token)
         Et = warpgroup_mma(bW, X_s.index(j).permute((1, 0)), W, is_async=True)
-        if REST:
-            above_one = any_of_warp(gl.max(b, 0) > 1.0)
+        above_one = any_of_warp(gl.max(b, 0) > 1.0)
         Et = warpgroup_mma_wait(0, deps=[Et])
-        if REST:
-            if above_one:  # where errors may grow, what rounding left of X counts
-                Et = warpgroup_mma(bW, X_low_s.index(j).permute((1, 0)), Et, is_async=True)
-                Et = warpgroup_mma_wait(0, deps=[Et])
+        if above_one:  # where errors may grow, what rounding left of X counts
+            Et = warpgroup_mma(bW, X_low_s.index(j).permute((1, 0)), Et, is_async=True)
+            Et = warpgroup_mma_wait(0, deps=[Et])
         new = (Et * b[None, :]).to(dtype)
         if GATED:
             onward = onward_s.index(j).load(columns)
@@ -297,7 +273,7 @@ def follow(
         if SAVE_E:
             E_s.index(half).permute((1, 0)).store(Et.to(dtype))
             fence_async_shared()
-            store_tile(E_desc, E_s.index(half), E, row0 + t * CHUNK, value_col, length - t * CHUNK, HV * V, wide)
+            store_tile(E_desc, E_s.index(half), E, row0 + t * CHUNK, value_col, length - t * CHUNK, HV * V)
         if OUTPUT:
             O, St = warpgroup_mma_wait(0, deps=[O, St])
             o_last = O.to(dtype)
@@ -312,7 +288,7 @@ def follow(
             o_s.index(half).permute((1, 0)).store(o_last)
             fence_async_shared()
             end = (chunks - 1) * CHUNK
-            store_tile(o_desc, o_s.index(half), o, row0 + end, value_col, length - end, HV * V, wide)
+            store_tile(o_desc, o_s.index(half), o, row0 + end, value_col, length - end, HV * V)
     if FINAL:
         if ends:
             e_row += chunks >> 30  # 0, but the compiler cannot know that: else 64 addresses wait for this in local memory
@@ -331,7 +307,7 @@ def forward(
     strength,  # [HV, tokens] fp32: beta
     G,  # [HV, tokens] fp32, gated only
     X,  # [HV, tokens * 48]
-    X_low,  # the same shape: what rounding X left over, of chunks with a beta above 1, REST only
+    X_low,  # the same shape: what rounding X left over, of chunks with a beta above 1
     initial,  # [segments, HV, K, V] fp32, INITIAL only
     o,  # [tokens, HV, V] out
     E,  # [tokens, HV, V] out, SAVE_E only
@@ -356,7 +332,6 @@ def forward(
     SPLIT: gl.constexpr,
     PACKED: gl.constexpr,
     GATED: gl.constexpr,
-    REST: gl.constexpr,
     INITIAL: gl.constexpr,
     OUTPUT: gl.constexpr,  # else only what segments do to states: final from zero, and transition, whose columns follow those of V
     FIRST: gl.constexpr,  # but outputs of a sequence's first segment, which starts from zero
@@ -378,35 +353,17 @@ def forward(
             tile -= V // COLUMNS
             identity = tile * COLUMNS
             final = transition
-    if SPLIT:
-        sequence, part, begin, end = find_part(place, cu_seqlens, N, steps, T, segment, PACKED)
-        before = part * (segment // CHUNK)
-        chunks = gl.minimum(gl.cdiv(end - begin, CHUNK).to(gl.int32) - before, segment // CHUNK)
-        if not OUTPUT:
-            # what nobody asks for: where a sequence's last segment leads; and what it, or the first, does to a state that is not there
-            is_last = gl.cdiv(end - begin, CHUNK).to(gl.int32) - before <= segment // CHUNK
-            if FIRST:
-                whole = ((part == 0) & (identity < 0)).to(gl.int32)
-            else:
-                whole = place * 0
-            if identity < 0:
-                chunks = gl.where(is_last, 0, chunks)
-            else:
-                chunks = gl.where((is_last & (ends_used == 0)) | ((part == 0) & (starts_used == 0)), 0, chunks)
+    sequence, part, before, begin, end, chunks = find_chunks(place, cu_seqlens, N, steps, T, segment, SPLIT, PACKED)
+    if not OUTPUT:
+        chunks = needed(chunks, part, begin, end, before, identity, starts_used, ends_used)
+        if FIRST:
+            whole = ((part == 0) & (identity < 0)).to(gl.int32)
         else:
-            chunks = gl.where(part < first_part, 0, chunks)
-    else:
-        sequence = place
-        if PACKED:
-            begin = gl.load(cu_seqlens + place).to(gl.int64)
-            end = gl.load(cu_seqlens + place + 1).to(gl.int64)
-        else:
-            begin = place.to(gl.int64) * T
-            end = begin + T
-        before = place * 0
-        chunks = gl.cdiv(end - begin, CHUNK).to(gl.int32)
-    first_slot = (begin // CHUNK).to(gl.int32) + before - 1
+            whole = place * 0
+    elif SPLIT:
+        chunks = gl.where(part < first_part, 0, chunks)
     no_slot = (begin // CHUNK).to(gl.int32) - 1
+    first_slot = no_slot + before
     begin += before * CHUNK
     if GATED and not OUTPUT:
         gdc_wait()
@@ -426,68 +383,44 @@ def forward(
     initial += given
 
     dtype: gl.constexpr = k.dtype
-    swizzled: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
-    plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    k_s = gl.allocate_shared_memory(dtype, [STAGES, CHUNK, K], swizzled)
+    k_s = gl.allocate_shared_memory(dtype, [STAGES, CHUNK, K], SWIZZLED)
     q_s = k_s
     if OUTPUT or FIRST:
-        q_s = gl.allocate_shared_memory(dtype, [STAGES, CHUNK, K], swizzled)
-    v_s = gl.allocate_shared_memory(dtype, [STAGES, CHUNK, COLUMNS], swizzled)
-    P_s = gl.allocate_shared_memory(dtype, [2, CHUNK, CHUNK], swizzled)
-    X_s = gl.allocate_shared_memory(dtype, [2, CHUNK, CHUNK], swizzled)
-    X_low_s = X_s
-    if REST:
-        X_low_s = gl.allocate_shared_memory(dtype, [2, CHUNK, CHUNK], swizzled)
-    o_s = gl.allocate_shared_memory(dtype, [COLUMNS // ROWS, CHUNK, ROWS], swizzled)
+        q_s = gl.allocate_shared_memory(dtype, [STAGES, CHUNK, K], SWIZZLED)
+    v_s = gl.allocate_shared_memory(dtype, [STAGES, CHUNK, COLUMNS], SWIZZLED)
+    P_s = gl.allocate_shared_memory(dtype, [2, CHUNK, CHUNK], SWIZZLED)
+    X_s = gl.allocate_shared_memory(dtype, [2, CHUNK, CHUNK], SWIZZLED)
+    X_low_s = gl.allocate_shared_memory(dtype, [2, CHUNK, CHUNK], SWIZZLED)
+    o_s = gl.allocate_shared_memory(dtype, [COLUMNS // ROWS, CHUNK, ROWS], SWIZZLED)
     E_s = o_s
     if SAVE_E:
-        E_s = gl.allocate_shared_memory(dtype, [COLUMNS // ROWS, CHUNK, ROWS], swizzled)
+        E_s = gl.allocate_shared_memory(dtype, [COLUMNS // ROWS, CHUNK, ROWS], SWIZZLED)
     S_s = o_s
     if SAVE_S:
-        S_s = gl.allocate_shared_memory(dtype, [COLUMNS // ROWS, ROWS, K], swizzled)
-    b_s = gl.allocate_shared_memory(gl.float32, [2, CHUNK], plain)
-    G_s = b_s.index(0)
-    into_s = b_s
-    onward_s = b_s
-    last_s = b_s
-    if GATED:
-        G_s = gl.allocate_shared_memory(gl.float32, [CHUNK], plain)
-        into_s = gl.allocate_shared_memory(gl.float32, [2, CHUNK], plain)
-        onward_s = gl.allocate_shared_memory(gl.float32, [2, CHUNK], plain)
-        last_s = gl.allocate_shared_memory(gl.float32, [2, CHUNK], plain)
-
-    line: gl.constexpr = mbarrier.MBarrierLayout()
-    loaded = gl.allocate_shared_memory(gl.int64, [STAGES, 1], line)
-    freed = gl.allocate_shared_memory(gl.int64, [STAGES, 1], line)
-    ready = gl.allocate_shared_memory(gl.int64, [2, 1], line)
-    taken = gl.allocate_shared_memory(gl.int64, [2, 1], line)
-    for i in gl.static_range(STAGES):
-        mbarrier.init(loaded.index(i), count=1)
-        mbarrier.init(freed.index(i), count=COLUMNS // ROWS + 1)
-    for i in gl.static_range(2):
-        mbarrier.init(ready.index(i), count=1)
-        mbarrier.init(taken.index(i), count=COLUMNS // ROWS)
+        S_s = gl.allocate_shared_memory(dtype, [COLUMNS // ROWS, ROWS, K], SWIZZLED)
+    vectors = allocate_vectors(2, GATED)
+    loaded = allocate_barriers(STAGES, 1)
+    freed = allocate_barriers(STAGES, COLUMNS // ROWS + 1)
+    ready = allocate_barriers(2, 1)
+    taken = allocate_barriers(2, COLUMNS // ROWS)
 
     tiles = (q_s, k_s, v_s)
     shared = (P_s, X_s, X_low_s)
-    all_barriers = (loaded, freed, ready, taken)
-    vectors = (b_s, into_s, onward_s, last_s)
+    barriers = (loaded, freed, ready, taken)
     staging = (o_s, E_s, S_s)
     descs = (o_desc, E_desc, S_desc)
-    state_row = head * V + tile * COLUMNS
-    aux_vectors = (b_s, G_s, into_s, onward_s, last_s)
     # the arguments of a partition must be literal here: a constexpr put in a variable is one no longer
     if COLUMNS == 128:
         gl.warp_specialize(
             [
-                (state, (0, tiles, shared, vectors, all_barriers, staging, descs, (o, E), initial, identity, final, ends, row0, value_col, state_row,
-                         first_slot, no_slot, length, chunks, scale, whole, STAGES, GATED, REST, INITIAL, OUTPUT, FIRST,
+                (state, (0, tiles, shared, vectors, barriers, staging, descs, (o, E), initial, identity, final, ends, row0, value_col,
+                         first_slot, no_slot, length, chunks, scale, whole, STAGES, GATED, INITIAL, OUTPUT, FIRST,
                          SAVE_E, SAVE_S, FINAL, K, V, HV)),
-                (state, (1, tiles, shared, vectors, all_barriers, staging, descs, (o, E), initial + ROWS, identity + ROWS, final + ROWS, ends, row0,
-                         value_col + ROWS, state_row + ROWS, first_slot, no_slot, length, chunks, scale, whole, STAGES, GATED, REST, INITIAL, OUTPUT,
+                (state, (1, tiles, shared, vectors, barriers, staging, descs, (o, E), initial + ROWS, identity + ROWS, final + ROWS, ends, row0,
+                         value_col + ROWS, first_slot, no_slot, length, chunks, scale, whole, STAGES, GATED, INITIAL, OUTPUT,
                          FIRST, SAVE_E, SAVE_S, FINAL, K, V, HV)),
-                (auxiliary, (tiles, shared, aux_vectors, all_barriers, strength + along, G + along, X + along * 48, X_low + along * 48,
-                             length, chunks, scale, whole, STAGES, GATED, REST, OUTPUT, FIRST, K, COLUMNS)),
+                (auxiliary, (tiles, shared, vectors, barriers, strength + along, G + along, X + along * 48, X_low + along * 48,
+                             length, chunks, scale, whole, STAGES, GATED, OUTPUT, FIRST, K, COLUMNS)),
                 (loader, (q, k, v, tiles, (loaded, freed), row0, key_col, value_col, chunks, STAGES, whole)),
             ],
             [4, 4, 1],
@@ -496,11 +429,11 @@ def forward(
     else:
         gl.warp_specialize(
             [
-                (state, (0, tiles, shared, vectors, all_barriers, staging, descs, (o, E), initial, identity, final, ends, row0, value_col, state_row,
-                         first_slot, no_slot, length, chunks, scale, whole, STAGES, GATED, REST, INITIAL, OUTPUT, FIRST,
+                (state, (0, tiles, shared, vectors, barriers, staging, descs, (o, E), initial, identity, final, ends, row0, value_col,
+                         first_slot, no_slot, length, chunks, scale, whole, STAGES, GATED, INITIAL, OUTPUT, FIRST,
                          SAVE_E, SAVE_S, FINAL, K, V, HV)),
-                (auxiliary, (tiles, shared, aux_vectors, all_barriers, strength + along, G + along, X + along * 48, X_low + along * 48,
-                             length, chunks, scale, whole, STAGES, GATED, REST, OUTPUT, FIRST, K, COLUMNS)),
+                (auxiliary, (tiles, shared, vectors, barriers, strength + along, G + along, X + along * 48, X_low + along * 48,
+                             length, chunks, scale, whole, STAGES, GATED, OUTPUT, FIRST, K, COLUMNS)),
                 (loader, (q, k, v, tiles, (loaded, freed), row0, key_col, value_col, chunks, STAGES, whole)),
             ],
             [4, 1],

@@ -28,16 +28,40 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_wait
 
-from deltanet.kernels.hopper.chunk_state import loader, store_tile
-from deltanet.kernels.hopper.tiles import CHUNK, any_of_warp, clear, find_chunks, needed, power_of_2, without_forgotten
+from deltanet.kernels.hopper.chunk_state import ROWS, loader
+from deltanet.kernels.hopper.tiles import (
+    CHUNK,
+    SWIZZLED,
+    allocate_barriers,
+    allocate_vectors,
+    any_of_warp,
+    ask,
+    clear,
+    find_chunks,
+    in_X,
+    needed,
+    power_of_2,
+    put_vectors,
+    store_tile,
+    without_forgotten,
+)
 
-ROWS = gl.constexpr(64)  # columns of V of a program: rows of S^T
+
+@gluon.jit
+def own_betas(strength, chunk, length):
+    """The larger of the two betas of a chunk that are this lane's: a number of its own in every lane, for a vote. A maximum over all of them would
+    be five shuffles, and those wait behind the products' operands.
+    """
+    lane = gl.inline_asm_elementwise("mov.u32 $0, %laneid;", "=r,r", [chunk], dtype=gl.int32, is_pure=True, pack=1)
+    at = chunk * CHUNK + lane * 2
+    one = gl.load(strength + at, mask=at < length, other=0.0)
+    return gl.maximum(one, gl.load(strength + at + 1, mask=at + 1 < length, other=0.0))
 
 
 @gluon.jit
 def state(
-    tiles, shared, vectors, barriers, handed, initial, identity, final, ends, length, chunks,
-    STAGES: gl.constexpr, GATED: gl.constexpr, REST: gl.constexpr, INITIAL: gl.constexpr, OUTPUT: gl.constexpr, FINAL: gl.constexpr,
+    tiles, shared, vectors, barriers, handed, strength, initial, identity, final, ends, length, chunks,
+    STAGES: gl.constexpr, GATED: gl.constexpr, INITIAL: gl.constexpr, OUTPUT: gl.constexpr, FINAL: gl.constexpr,
     K: gl.constexpr, V: gl.constexpr,
 ):  # fmt: skip
     """The chain: S^T `[64, K]` in registers from the first chunk to the last."""
@@ -57,8 +81,8 @@ def state(
     e_row = gl.arange(0, ROWS, gl.SliceLayout(1, by_key))
     d_col = gl.arange(0, HALF, gl.SliceLayout(0, by_key))
     at_state = d_col[None, :] * V + e_row[:, None]  # S^T as it lies in [K, V]
+    gdc_wait()
     if INITIAL:
-        gdc_wait()
         S0 = gl.load(initial + at_state)
         S1 = gl.load(initial + HALF * V + at_state)
     else:
@@ -68,6 +92,7 @@ def state(
             S0 = gl.where(d_col[None, :] == identity + e_row[:, None], 1.0, S0)
             S1 = gl.where(d_col[None, :] + HALF == identity + e_row[:, None], 1.0, S1)
     zero = gl.zeros([ROWS, CHUNK], gl.float32, by_token)
+    betas = own_betas(strength, chunks * 0, length)
 
     for t in range(chunks):
         i = t % STAGES
@@ -98,13 +123,12 @@ def state(
             W = values - W
         bW = gl.convert_layout((W * -b[None, :]).to(dtype), first_token)
         Et = warpgroup_mma(bW, X_s.index(i).permute((1, 0)), W, is_async=True)
-        if REST:
-            above_one = any_of_warp(gl.max(b, 0) > 1.0)
+        above_one = any_of_warp(betas > 1.0)
+        betas = own_betas(strength, t + 1, length)
         Et = warpgroup_mma_wait(0, deps=[Et])
-        if REST:
-            if above_one:  # where errors may grow, what rounding left of X counts
-                Et = warpgroup_mma(bW, X_low_s.index(i).permute((1, 0)), Et, is_async=True)
-                Et = warpgroup_mma_wait(0, deps=[Et])
+        if above_one:  # where errors may grow, what rounding left of X counts
+            Et = warpgroup_mma(bW, X_low_s.index(i).permute((1, 0)), Et, is_async=True)
+            Et = warpgroup_mma_wait(0, deps=[Et])
         if GATED:
             last = last_s.index(i).load(gl.SliceLayout(1, by_key))
             S0 = S0 * last[:, None]
@@ -130,111 +154,104 @@ def state(
 
 
 @gluon.jit
+def ask_rest(X_low, above_one, token, length):
+    """What rounding left of X of the chunk at `token`, where one of its betas is above 1."""
+    at, inside = in_X(length - token)
+    return gl.load(X_low + token.to(gl.int64) * 48 + at, mask=inside & above_one, other=0.0)
+
+
+@gluon.jit
 def output(
     tiles, shared, o_s, vectors, barriers, handed, descs, pointers, strength, G, X, X_low,
-    row0, value_col, state_row, first_slot, no_slot, length, chunks, scale,
-    STAGES: gl.constexpr, GATED: gl.constexpr, REST: gl.constexpr, OUTPUT: gl.constexpr, SAVE_E: gl.constexpr, SAVE_S: gl.constexpr,
+    row0, value_col, first_slot, no_slot, length, chunks, scale,
+    STAGES: gl.constexpr, GATED: gl.constexpr, OUTPUT: gl.constexpr, SAVE_E: gl.constexpr, SAVE_S: gl.constexpr,
     K: gl.constexpr, V: gl.constexpr, HV: gl.constexpr,
 ):  # fmt: skip
-    """What nobody waits for long: O; and what of a chunk does not depend on the state."""
+    """O; what of a chunk does not depend on the state, a chunk ahead; and whatever goes to memory."""
     q_s, k_s, v_s = tiles
     X_s, X_low_s, S0_s, S1_s, E_s = shared
-    b_s, G_s, into_s, onward_s, last_s = vectors
+    b_s, G_s, into_s, _, _ = vectors
     loaded, freed, ready = barriers
     state_made, state_used, error_made, error_used = handed
     o_desc, E_desc, S_desc = descs
     o, E = pointers
+    HALF: gl.constexpr = K // 2
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, CHUNK, 16])
-    wide: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    line: gl.constexpr = gl.BlockedLayout([2], [32], [4], [0])  # every warp holds all 64
-    xr = gl.arange(0, CHUNK, gl.SliceLayout(1, wide))
-    xc = gl.arange(0, CHUNK, gl.SliceLayout(0, wide))
-    x_at = gl.where(xr < 32, xr * 32, xr * 64 - 1024)[:, None] + xc[None, :]
-    x_in = (xr[:, None] >= 32) | (xc[None, :] < 32)
-    t1 = gl.arange(0, CHUNK, line)
-    r = gl.arange(0, CHUNK, gl.SliceLayout(1, mma))
-    c = gl.arange(0, CHUNK, gl.SliceLayout(0, mma))
+    in_rows: gl.constexpr = gl.SliceLayout(1, mma)
+    in_columns: gl.constexpr = gl.SliceLayout(0, mma)
+    r = gl.arange(0, CHUNK, in_rows)
+    c = gl.arange(0, CHUNK, in_columns)
     zero = gl.zeros([CHUNK, CHUNK], gl.float32, mma)
 
     gdc_wait()
-    # what comes from memory without TMA is loaded a chunk ahead
-    x_next = gl.load(X + x_at, mask=x_in & (xr < length)[:, None], other=0.0)
-    b_next = gl.load(strength + t1, mask=t1 < length, other=0.0)
-    if GATED:
-        last_next = gl.load(G + gl.minimum(length, CHUNK) - 1, mask=length > 0, other=0.0)
-        G_next = gl.load(G + t1, mask=t1 < length, other=0.0)
+    # asked for a chunk before it is put into its place, betas for the vote another one before
+    token = chunks * 0
+    above_one = any_of_warp(own_betas(strength, token, length) > 1.0)
+    x, b, decay, last = ask(X, strength, G, token, length, GATED)
+    low = ask_rest(X_low, above_one, token, length)
+    betas = own_betas(strength, token + 1, length)
 
     for t in range(chunks):
         i = t % STAGES
-        at = t * CHUNK
-        rows = length - at
+        rows = length - token
         mbarrier.wait(loaded.index(i), (t // STAGES) & 1)
         if rows < CHUNK:  # what q has there reaches no row that is kept
             clear(k_s.index(i), rows, K)
             clear(v_s.index(i), rows, ROWS)
         if OUTPUT:
             P = warpgroup_mma(q_s.index(i), k_s.index(i).permute((1, 0)), zero, use_acc=False, is_async=True)
-        X_s.index(i).store(x_next)
-        b_s.index(i).store(b_next)
-        if REST:
-            if any_of_warp(gl.max(b_next, 0) > 1.0):
-                low = gl.load(X_low + at * 48 + x_at, mask=x_in & (xr < rows)[:, None], other=0.0)
-                X_low_s.index(i).store(low)
-        if GATED:
-            Gc = gl.where(t1 < rows, G_next, last_next)
-            G_s.store(Gc)
-            into_s.index(i).store(power_of_2(Gc))
-            onward_s.index(i).store(b_next * power_of_2(last_next - Gc))
-            last_s.index(i).store(power_of_2(gl.zeros_like(Gc) + last_next))
+        X_s.index(i).store(x)
+        if any_of_warp(above_one):
+            X_low_s.index(i).store(low)
+        put_vectors(vectors, i, b, decay, last, rows, GATED)
         fence_async_shared()
         mbarrier.arrive(ready.index(i), count=1)
 
         if OUTPUT:
             mbarrier.wait(state_made, t & 1)
-            O = warpgroup_mma(q_s.index(i).slice(0, K // 2, 1), S0_s.permute((1, 0)), zero, use_acc=False, is_async=True)
-            O = warpgroup_mma(q_s.index(i).slice(K // 2, K // 2, 1), S1_s.permute((1, 0)), O, is_async=True)
+            O = warpgroup_mma(q_s.index(i).slice(0, HALF, 1), S0_s.permute((1, 0)), zero, use_acc=False, is_async=True)
+            O = warpgroup_mma(q_s.index(i).slice(HALF, HALF, 1), S1_s.permute((1, 0)), O, is_async=True)
         if SAVE_S:
             if first_slot + t > no_slot:
-                tma.async_copy_shared_to_global(S_desc, [(first_slot + t) * (HV * V) + state_row, 0], S0_s)
-                tma.async_copy_shared_to_global(S_desc, [(first_slot + t) * (HV * V) + state_row, K // 2], S1_s)
-        at += CHUNK
-        x_next = gl.load(X + at * 48 + x_at, mask=x_in & (xr < rows - CHUNK)[:, None], other=0.0)
-        b_next = gl.load(strength + at + t1, mask=t1 < rows - CHUNK, other=0.0)
-        if GATED:
-            last_next = gl.load(G + gl.minimum(length, at + CHUNK) - 1)
-            G_next = gl.load(G + at + t1, mask=t1 < rows - CHUNK, other=0.0)
+                tma.async_copy_shared_to_global(S_desc, [(first_slot + t) * (HV * V) + value_col, 0], S0_s)
+                tma.async_copy_shared_to_global(S_desc, [(first_slot + t) * (HV * V) + value_col, HALF], S1_s)
+        above_one = any_of_warp(betas > 1.0)
+        x, b, decay, last = ask(X, strength, G, token + CHUNK, length, GATED)
+        low = ask_rest(X_low, above_one, token + CHUNK, length)
+        betas = own_betas(strength, t + 2, length)
         if OUTPUT:
             P = warpgroup_mma_wait(2, deps=[P])
-            b_col = b_s.index(i).load(gl.SliceLayout(0, mma)) * scale
+            P = P * (b_s.index(i).load(in_columns) * scale)[None, :]
             if GATED:
-                G_row = G_s.load(gl.SliceLayout(1, mma))
-                G_col = G_s.load(gl.SliceLayout(0, mma))
+                G_row = G_s.load(in_rows)
+                G_col = G_s.load(in_columns)
                 # the exponent is masked, not the power: above the diagonal it would overflow
-                P = P * b_col[None, :] * power_of_2(gl.where(r[:, None] >= c[None, :], G_row[:, None] - G_col[None, :], float("-inf")))
+                P = P * power_of_2(gl.where(r[:, None] >= c[None, :], G_row[:, None] - G_col[None, :], float("-inf")))
             else:
-                P = gl.where(r[:, None] >= c[None, :], P * b_col[None, :], 0.0)
+                P = gl.where(r[:, None] >= c[None, :], P, 0.0)
             Pa = gl.convert_layout(P.to(k_s.dtype), gl.DotOperandLayout(0, mma, 2))
             O = warpgroup_mma_wait(0, deps=[O])
             tma.store_wait(0)  # o of the chunk before, and S
             mbarrier.arrive(state_used, count=1)
             mbarrier.arrive(freed.index(i), count=1)
             if GATED:
-                O = O * (into_s.index(i).load(gl.SliceLayout(1, mma)) * scale)[:, None]
+                O = O * (into_s.index(i).load(in_rows) * scale)[:, None]
             else:
                 O = O * scale
             mbarrier.wait(error_made, t & 1)
             O = warpgroup_mma(Pa, E_s, O, is_async=True)
             if SAVE_E:
-                store_tile(E_desc, E_s, E, row0 + at - CHUNK, value_col, rows, HV * V, wide)
+                store_tile(E_desc, E_s, E, row0 + token, value_col, rows, HV * V)
             O = warpgroup_mma_wait(0, deps=[O])
             o_s.store(O.to(o_s.dtype))
             fence_async_shared()
             if SAVE_E:
                 tma.store_wait(0)
             mbarrier.arrive(error_used, count=1)
-            store_tile(o_desc, o_s, o, row0 + at - CHUNK, value_col, rows, HV * V, wide)
+            store_tile(o_desc, o_s, o, row0 + token, value_col, rows, HV * V)
         else:
             mbarrier.arrive(freed.index(i), count=1)
+        token += CHUNK
     tma.store_wait(0)
 
 
@@ -249,7 +266,7 @@ def forward_256(
     strength,  # [HV, tokens] fp32: beta
     G,  # [HV, tokens] fp32, gated only
     X,  # [HV, tokens * 48]
-    X_low,  # the same shape: what rounding X left over, of chunks with a beta above 1, REST only
+    X_low,  # the same shape: what rounding X left over, of chunks with a beta above 1
     initial,  # [segments, HV, K, V] fp32, INITIAL only
     o,  # [tokens, HV, V] out
     E,  # [tokens, HV, V] out, SAVE_E only
@@ -272,7 +289,6 @@ def forward_256(
     SPLIT: gl.constexpr,
     PACKED: gl.constexpr,
     GATED: gl.constexpr,
-    REST: gl.constexpr,
     INITIAL: gl.constexpr,
     OUTPUT: gl.constexpr,  # else only what segments do to states: final from zero, and transition, whose columns follow those of V
     SAVE_E: gl.constexpr,
@@ -312,64 +328,37 @@ def forward_256(
         ends = chunks == chunks
 
     dtype: gl.constexpr = k.dtype
-    swizzled: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
-    plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    k_s = gl.allocate_shared_memory(dtype, [STAGES, CHUNK, K], swizzled)
+    k_s = gl.allocate_shared_memory(dtype, [STAGES, CHUNK, K], SWIZZLED)
     q_s = k_s
     if OUTPUT:
-        q_s = gl.allocate_shared_memory(dtype, [STAGES, CHUNK, K], swizzled)
-    v_s = gl.allocate_shared_memory(dtype, [STAGES, CHUNK, ROWS], swizzled)
-    X_s = gl.allocate_shared_memory(dtype, [STAGES, CHUNK, CHUNK], swizzled)
-    X_low_s = X_s
-    if REST:
-        X_low_s = gl.allocate_shared_memory(dtype, [STAGES, CHUNK, CHUNK], swizzled)
-    S0_s = gl.allocate_shared_memory(dtype, [ROWS, K // 2], swizzled)  # two arrays: places in one get barriers between them
-    S1_s = gl.allocate_shared_memory(dtype, [ROWS, K // 2], swizzled)
-    E_s = gl.allocate_shared_memory(dtype, [CHUNK, ROWS], swizzled)
-    o_s = gl.allocate_shared_memory(dtype, [CHUNK, ROWS], swizzled)
-    b_s = gl.allocate_shared_memory(gl.float32, [STAGES, CHUNK], plain)
-    G_s = b_s.index(0)
-    into_s = b_s
-    onward_s = b_s
-    last_s = b_s
-    if GATED:
-        G_s = gl.allocate_shared_memory(gl.float32, [CHUNK], plain)
-        into_s = gl.allocate_shared_memory(gl.float32, [STAGES, CHUNK], plain)
-        onward_s = gl.allocate_shared_memory(gl.float32, [STAGES, CHUNK], plain)
-        last_s = gl.allocate_shared_memory(gl.float32, [STAGES, CHUNK], plain)
-
-    line: gl.constexpr = mbarrier.MBarrierLayout()
-    loaded = gl.allocate_shared_memory(gl.int64, [STAGES, 1], line)
-    freed = gl.allocate_shared_memory(gl.int64, [STAGES, 1], line)
-    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], line)
-    for i in gl.static_range(STAGES):
-        mbarrier.init(loaded.index(i), count=1)
-        mbarrier.init(freed.index(i), count=2)
-        mbarrier.init(ready.index(i), count=1)
-    state_made = gl.allocate_shared_memory(gl.int64, [1], line)
-    state_used = gl.allocate_shared_memory(gl.int64, [1], line)
-    error_made = gl.allocate_shared_memory(gl.int64, [1], line)
-    error_used = gl.allocate_shared_memory(gl.int64, [1], line)
-    mbarrier.init(state_made, count=1)
-    mbarrier.init(state_used, count=1)
-    mbarrier.init(error_made, count=1)
-    mbarrier.init(error_used, count=1)
+        q_s = gl.allocate_shared_memory(dtype, [STAGES, CHUNK, K], SWIZZLED)
+    v_s = gl.allocate_shared_memory(dtype, [STAGES, CHUNK, ROWS], SWIZZLED)
+    X_s = gl.allocate_shared_memory(dtype, [STAGES, CHUNK, CHUNK], SWIZZLED)
+    X_low_s = gl.allocate_shared_memory(dtype, [STAGES, CHUNK, CHUNK], SWIZZLED)
+    S0_s = gl.allocate_shared_memory(dtype, [ROWS, K // 2], SWIZZLED)  # two arrays: places in one get barriers between them
+    S1_s = gl.allocate_shared_memory(dtype, [ROWS, K // 2], SWIZZLED)
+    E_s = gl.allocate_shared_memory(dtype, [CHUNK, ROWS], SWIZZLED)
+    o_s = gl.allocate_shared_memory(dtype, [CHUNK, ROWS], SWIZZLED)
+    vectors = allocate_vectors(STAGES, GATED)
+    loaded = allocate_barriers(STAGES, 1)
+    freed = allocate_barriers(STAGES, 2)
+    ready = allocate_barriers(STAGES, 1)
+    handed = allocate_barriers(4, 1)
 
     tiles = (q_s, k_s, v_s)
     shared = (X_s, X_low_s, S0_s, S1_s, E_s)
-    vectors = (b_s, G_s, into_s, onward_s, last_s)
     barriers = (loaded, freed, ready)
-    handed = (state_made, state_used, error_made, error_used)
+    handed = (handed.index(0), handed.index(1), handed.index(2), handed.index(3))  # state_made, state_used, error_made, error_used
     row0 = begin.to(gl.int32)
     value_col = head * V + tile * ROWS
     # the first partition has what registers the others leave; their arguments must be literal: a constexpr put in a variable is one no longer
     gl.warp_specialize(
         [
-            (state, (tiles, shared, vectors, barriers, handed, initial, identity, final, ends, length, chunks,
-                     STAGES, GATED, REST, INITIAL, OUTPUT, FINAL, K, V)),
+            (state, (tiles, shared, vectors, barriers, handed, strength + along, initial, identity, final, ends, length, chunks,
+                     STAGES, GATED, INITIAL, OUTPUT, FINAL, K, V)),
             (output, (tiles, shared, o_s, vectors, barriers, handed, (o_desc, E_desc, S_desc), (o, E),
-                      strength + along, G + along, X + along * 48, X_low + along * 48, row0, value_col, value_col, first_slot, no_slot,
-                      length, chunks, scale, STAGES, GATED, REST, OUTPUT, SAVE_E, SAVE_S, K, V, HV)),
+                      strength + along, G + along, X + along * 48, X_low + along * 48, row0, value_col, first_slot, no_slot,
+                      length, chunks, scale, STAGES, GATED, OUTPUT, SAVE_E, SAVE_S, K, V, HV)),
             (loader, (q, k, v, tiles, (loaded, freed), row0, (head // (HV // H)) * K, value_col, chunks, STAGES, OUTPUT)),
         ],
         [4, 1],

@@ -23,7 +23,19 @@ from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 from triton.language.extra.cuda import gdc_launch_dependents
 
-from deltanet.kernels.hopper.tiles import CHUNK, add, any_of_warp, clear, find_part, power_of_2
+from deltanet.kernels.hopper.tiles import (
+    CHUNK,
+    LINE,
+    PLAIN,
+    SWIZZLED,
+    WIDE,
+    add,
+    any_of_warp,
+    clear,
+    find_part,
+    in_X,
+    power_of_2,
+)
 
 COLUMN = gl.constexpr(gl.NVMMADistributedLayout([2, 0], [4, 1], [16, 8]))  # [64, n]: a warp 16 rows
 ALONG = gl.constexpr(gl.SliceLayout(0, COLUMN))
@@ -239,7 +251,7 @@ def transform(
     strength,  # [HV, tokens] fp32 out: beta, side by side
     G,  # [HV, tokens] fp32 out, gated only: the sum of g inside the chunk, in powers of two
     X,  # [HV, tokens * 48] out: of each chunk rows 0..31 as 32 columns, then rows 32..63 as 64
-    X_low,  # the same shape, out: what rounding X left over, of chunks with a beta above 1, REST only
+    X_low,  # the same shape, out: what rounding X left over, of chunks with a beta above 1
     cu_seqlens,
     N,
     steps,
@@ -250,7 +262,6 @@ def transform(
     K: gl.constexpr,
     PACKED: gl.constexpr,
     GATED: gl.constexpr,
-    REST: gl.constexpr,
 ):
     gdc_launch_dependents()
     # neighbouring heads run together and read whole rows; the first chunks run last, so that the forward finds them in L2
@@ -266,21 +277,19 @@ def transform(
     if first < end:
         rows = gl.minimum(end - first, CHUNK).to(gl.int32)
         dtype: gl.constexpr = k.dtype
-        k_s = gl.allocate_shared_memory(dtype, [CHUNK, K], gl.NVMMASharedLayout(128, 16, 2))
-        b_s = gl.allocate_shared_memory(gl.float32, [CHUNK], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+        k_s = gl.allocate_shared_memory(dtype, [CHUNK, K], SWIZZLED)
+        b_s = gl.allocate_shared_memory(gl.float32, [CHUNK], PLAIN)
         G_s = b_s
         if GATED:
-            G_s = gl.allocate_shared_memory(gl.float32, [CHUNK], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+            G_s = gl.allocate_shared_memory(gl.float32, [CHUNK], PLAIN)
         loaded = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
         mbarrier.init(loaded, count=1)
         mbarrier.expect(loaded, k.block_type.nbytes)
         tma.async_copy_global_to_shared(k, [first.to(gl.int32), (head // (HV // H)) * K], loaded, k_s)
 
-        line: gl.constexpr = gl.BlockedLayout([2], [32], [4], [0])  # every warp holds all 64
         whole: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, CHUNK, 16])
-        wide: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
         along = head.to(gl.int64) * tokens + first
-        t = gl.arange(0, CHUNK, line)
+        t = gl.arange(0, CHUNK, LINE)
         at = (first + t) * HV + head
         # asked for now and looked at when the product is under way: before that the wait for them would hold up the load of k
         b = gl.load(beta + at, mask=t < rows, other=0.0)
@@ -306,15 +315,11 @@ def transform(
         else:
             x = solve_64(S, b_s, G_s, whole, GATED, False)
 
-        r = gl.arange(0, CHUNK, gl.SliceLayout(1, wide))
-        c = gl.arange(0, CHUNK, gl.SliceLayout(0, wide))
-        at = along * 48 + gl.where(r < 32, r * 32, r * 64 - 1024)[:, None] + c[None, :]
-        keep = ((r[:, None] >= 32) | (c[None, :] < 32)) & (r < rows)[:, None]
+        at, keep = in_X(rows)
         high = x.to(dtype)
-        X_s = gl.allocate_shared_memory(dtype, [CHUNK, CHUNK], gl.NVMMASharedLayout(128, 16, 2))
+        X_s = gl.allocate_shared_memory(dtype, [CHUNK, CHUNK], SWIZZLED)
         X_s.store(high)
-        gl.store(X + at, X_s.load(wide), mask=keep)
-        if REST:
-            if above_one:
-                X_s.store((x - high.to(gl.float32)).to(dtype))
-                gl.store(X_low + at, X_s.load(wide), mask=keep)
+        gl.store(X + along * 48 + at, X_s.load(WIDE), mask=keep)
+        if above_one:
+            X_s.store((x - high.to(gl.float32)).to(dtype))
+            gl.store(X_low + along * 48 + at, X_s.load(WIDE), mask=keep)

@@ -1,10 +1,16 @@
-"""What the kernels of this family share: where a program's tokens lie, and what is done with a tile at a sequence's end."""
+"""What the kernels of this family share: where a program's tokens lie, what it reads of a chunk without TMA, its tiles and barriers, and what
+is done with a tile at a sequence's end.
+"""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
 CHUNK = gl.constexpr(64)
+SWIZZLED = gl.constexpr(gl.NVMMASharedLayout(128, 16, 2))  # a tile for TMA and the tensor cores
+PLAIN = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))  # a vector
+WIDE = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))  # [64, 64] of 16 bits, 16 bytes a thread at once
+LINE = gl.constexpr(gl.BlockedLayout([2], [32], [4], [0]))  # [64]: every warp holds all of it
 
 
 @gluon.jit
@@ -60,13 +66,93 @@ def needed(chunks, part, begin, end, before, identity, starts_used, ends_used):
 
 
 @gluon.jit
+def in_X(rows):
+    """Where in memory a chunk of X lies, from its first entry on, and what of it is there: rows 0 to 31 as 32 columns (the other 32 are zero),
+    then rows 32 to 63 as 64.
+    """
+    r = gl.arange(0, CHUNK, gl.SliceLayout(1, WIDE))
+    c = gl.arange(0, CHUNK, gl.SliceLayout(0, WIDE))
+    at = gl.where(r < 32, r * 32, r * 64 - 1024)[:, None] + c[None, :]
+    return at, ((r[:, None] >= 32) | (c[None, :] < 32)) & (r < rows)[:, None]
+
+
+@gluon.jit
+def ask(X, strength, G, token, length, GATED: gl.constexpr):
+    """Of the chunk at `token` X, beta, and if GATED G and its last: what comes without TMA, and is asked for a chunk ahead."""
+    t = gl.arange(0, CHUNK, LINE)
+    rows = length - token
+    at, inside = in_X(rows)
+    x = gl.load(X + token.to(gl.int64) * 48 + at, mask=inside, other=0.0)
+    b = gl.load(strength + token + t, mask=t < rows, other=0.0)
+    last = b
+    decay = b
+    if GATED:
+        last = gl.load(G + gl.minimum(length, token + CHUNK) - 1, mask=length > 0, other=0.0)  # an empty sequence has no last token
+        decay = gl.load(G + token + t, mask=t < rows, other=0.0)
+    return x, b, decay, last
+
+
+@gluon.jit
+def put_vectors(vectors, i, b, decay, last, rows, GATED: gl.constexpr, BETA: gl.constexpr = True):
+    """What `ask` brought, to place i of the vectors: beta, e^G as `into`, e^(G_last - G) with BETA beta times as `onward`, e^(G_last) as `last`."""
+    b_s, G_s, into_s, onward_s, last_s = vectors
+    b_s.index(i).store(b)
+    if GATED:
+        t = gl.arange(0, CHUNK, LINE)
+        decay = gl.where(t < rows, decay, last)
+        G_s.store(decay)  # in one place: who puts it there alone reads it, and before the next
+        into_s.index(i).store(power_of_2(decay))
+        if BETA:
+            onward_s.index(i).store(b * power_of_2(last - decay))
+        else:
+            onward_s.index(i).store(power_of_2(last - decay))
+        last_s.index(i).store(power_of_2(gl.zeros_like(decay) + last))
+
+
+@gluon.jit
+def allocate_vectors(PLACES: gl.constexpr, GATED: gl.constexpr):
+    """Shared memory for them; all but G have PLACES places."""
+    b_s = gl.allocate_shared_memory(gl.float32, [PLACES, CHUNK], PLAIN)
+    G_s = b_s.index(0)
+    into_s = b_s
+    onward_s = b_s
+    last_s = b_s
+    if GATED:
+        G_s = gl.allocate_shared_memory(gl.float32, [CHUNK], PLAIN)
+        into_s = gl.allocate_shared_memory(gl.float32, [PLACES, CHUNK], PLAIN)
+        onward_s = gl.allocate_shared_memory(gl.float32, [PLACES, CHUNK], PLAIN)
+        last_s = gl.allocate_shared_memory(gl.float32, [PLACES, CHUNK], PLAIN)
+    return b_s, G_s, into_s, onward_s, last_s
+
+
+@gluon.jit
+def allocate_barriers(PLACES: gl.constexpr, COUNT: gl.constexpr):
+    """One for each of PLACES, that COUNT arrivals complete."""
+    bars = gl.allocate_shared_memory(gl.int64, [PLACES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(PLACES):
+        mbarrier.init(bars.index(i), count=COUNT)
+    return bars
+
+
+@gluon.jit
+def store_tile(desc, tile, pointer, row, col, rows, stride):
+    """Write a [64, 64] tile of shared memory to rows of a matrix: by TMA, or in a sequence's last chunk the rows it has."""
+    if rows >= CHUNK:
+        tma.async_copy_shared_to_global(desc, [row, col], tile)
+    else:
+        r = gl.arange(0, CHUNK, gl.SliceLayout(1, WIDE))
+        c = gl.arange(0, CHUNK, gl.SliceLayout(0, WIDE))
+        at = (row + r).to(gl.int64)[:, None] * stride + (col + c)[None, :]
+        gl.store(pointer + at, tile.load(WIDE), mask=(r < rows)[:, None])
+
+
+@gluon.jit
 def clear(tile, rows, WIDTH: gl.constexpr):
     """Zero the rows of a [64, WIDTH] tile from `rows` on: they came by TMA and belong to the next sequence."""
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    r = gl.arange(0, CHUNK, gl.SliceLayout(1, layout))
+    r = gl.arange(0, CHUNK, gl.SliceLayout(1, WIDE))
     for i in gl.static_range(0, WIDTH, 64):
         part = tile.slice(i, 64, 1)
-        x = part.load(layout)
+        x = part.load(WIDE)
         part.store(gl.where(r[:, None] < rows, x, gl.zeros_like(x)))
     fence_async_shared()
 
