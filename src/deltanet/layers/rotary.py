@@ -5,6 +5,8 @@
 Source: Su et al. 2021 (arXiv 2104.09864); the halves are paired as in Llama, not neighbours.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -27,7 +29,8 @@ def rotate(x: Tensor, place: Tensor, theta: float) -> Tensor:
     """x `[B, T, H, D]` at places `[B or 1, T]`, in x's dtype; angles are taken in fp32 (fp64 for fp64)."""
     wide = widen(x)
     half = x.shape[-1] // 2
-    frequency = theta ** -(torch.arange(half, device=x.device, dtype=wide.dtype) / half)
+    # As a power of two: the compiler computes it anew for every number of x, where a general power took half of the time of a layer.
+    frequency = torch.exp2(torch.arange(half, device=x.device, dtype=wide.dtype) * (-math.log2(theta) / half))
     angle = (place[..., None] * frequency)[..., None, :]
     first, second = wide.chunk(2, -1)
     cos, sin = angle.cos(), angle.sin()

@@ -12,6 +12,7 @@ from support import relative_error
 
 from deltanet.data.synthetic import IGNORED, Examples
 from deltanet.training.suites import MODELS, SUITES, Cell, Recipe, Trial, prepare
+from deltanet.training.suites import trial as trial_module
 from deltanet.training.suites.model import SuiteModel
 
 from .conftest import tiny
@@ -58,6 +59,24 @@ def test_the_head_is_computed_where_something_is_asked() -> None:
     examples = cell.train.sample(64, seed=0)
     expected = F.cross_entropy(logits.flatten(0, 1), examples.targets[rows].flatten(), ignore_index=IGNORED)
     assert relative_error(one._loss(rows), expected) < 1e-6
+
+
+def test_a_token_of_many_places_is_found_and_its_row_is_learned_apart() -> None:
+    cell = tiny()[0]
+    inputs = prepare(cell.train, 64, seed=0, split="train", device=CPU).inputs
+    assert trial_module._common(inputs) == 0  # MQAR's filler: 6 of 12 places
+    assert trial_module._common(inputs.clamp(min=1) + torch.arange(12, dtype=torch.int32)) is None
+    gradients = []
+    for common in (None, 0, 3):
+        model = SuiteModel(cell.config).double()
+        model.init_weights(torch.Generator().manual_seed(0))
+        x = model.embedded(inputs, common)
+        assert torch.equal(x, model.embeddings(inputs))
+        x.backward(torch.randn(x.shape, dtype=x.dtype, generator=torch.Generator().manual_seed(1)))
+        gradients.append(model.embeddings.weight.grad)
+    torch.testing.assert_close(gradients[1], gradients[0])
+    torch.testing.assert_close(gradients[2], gradients[0])
+    assert gradients[0][0].abs().sum() > 0
 
 
 def test_targets_everywhere_are_learned_everywhere() -> None:
@@ -187,11 +206,9 @@ def test_a_state_that_does_not_fit_is_refused(change, message: str) -> None:
 @pytest.mark.parametrize(("many", "graphs"), [(1, 2), (1024, 1)])
 def test_compiled_steps_are_the_same_and_compiled_once(monkeypatch, many: int, graphs: int) -> None:
     """One block for both of a model's, and for both seeds; the loss where there are many ids."""
-    from deltanet.training.suites import trial as module
-
     compiled = cache(lambda function: torch.compile(function, fullgraph=True, dynamic=False, backend="aot_eager"))
-    monkeypatch.setattr(module, "_compiled", compiled)
-    monkeypatch.setattr(module, "MANY_IDS", many)
+    monkeypatch.setattr(trial_module, "_compiled", compiled)
+    monkeypatch.setattr(trial_module, "MANY_IDS", many)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     for seed in (0, 1):

@@ -41,20 +41,29 @@ class Prepared:
     )  # int64 [N, K] where the targets are, if all examples have K and that is less than half; None: anywhere
     labels: Tensor  # int64 [N, K] the targets there, or all [N, T]
     examples: Examples | None  # as they were made, for a score
+    common: int | None = None  # the token at more than a quarter of all places, on a GPU, where that matters (`SuiteModel.embedded`)
 
 
 def prepare(task: Task, count: int, *, seed: int, split: str, device: torch.device) -> Prepared:
     """Makes examples and finds the places that count: where they are few, the head need not be computed elsewhere."""
     examples = task.sample(count, seed=seed, split=split, device=device)  # type: ignore[arg-type]
     inputs, targets = examples.inputs.int(), examples.targets
+    common = _common(inputs) if device.type == "cuda" else None
     asked = targets != IGNORED
     counts = asked.sum(1)
     most = int(counts.max())
     kept = examples if split != "train" else None
     if int(counts.min()) != most or 2 * most > targets.shape[1]:
-        return Prepared(inputs, None, targets, kept)
+        return Prepared(inputs, None, targets, kept, common)
     places = asked.nonzero()[:, 1].view(-1, most)
-    return Prepared(inputs, places, targets.gather(1, places), kept)
+    return Prepared(inputs, places, targets.gather(1, places), kept, common)
+
+
+def _common(inputs: Tensor) -> int | None:
+    """The token at more than a quarter of all places, if there is one."""
+    counts = torch.bincount(inputs.flatten())
+    share, token = counts.max(0)
+    return int(token) if 4 * int(share) > inputs.numel() else None
 
 
 @dataclass(frozen=True)
@@ -297,7 +306,7 @@ class Trial:
         # to other bits each time. Blocks are compiled one by one: all of a model's are alike, and so are those of tasks that differ in
         # their ids or in what is asked.
         compiles_loss = self.compiles and self.model.config.vocab_size >= MANY_IDS
-        x = self.model.body(self.model.embeddings(tokens), kept, _compiled(_block) if self.compiles else None)
+        x = self.model.body(self.model.embedded(tokens, self.train.common), kept, _compiled(_block) if self.compiles else None)
         return (_compiled(_loss) if compiles_loss else _loss)(self.model, x, labels, places)
 
     def _predict(self, name: str) -> Tensor:
