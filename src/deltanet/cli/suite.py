@@ -77,7 +77,7 @@ class SuiteOptions:
     epochs: tuple[int, ...] | None = None
     """Times that the training examples are seen; of several the best counts, as of learning rates."""
     patience: int | None = None
-    """End a cell after so many epochs without a better test score; the protocols go on to the last one."""
+    """End a cell after so many epochs without a better score, by validation where there is one; the protocols go on to the last one."""
     train_examples: int | None = None
     """Training examples."""
     test_examples: int | None = None

@@ -74,6 +74,21 @@ def test_a_cell_that_was_stopped_ends_as_if_it_was_not(tmp_path, monkeypatch) ->
     assert scores[0] == scores[1]
 
 
+def test_the_evaluation_that_validation_likes_best_is_chosen_and_patience_counts_from_it(store: Store, monkeypatch) -> None:
+    (cell,) = tiny(epochs=9, patience=2)
+    cell = replace(cell, tests={"validation": replace(cell.tests["test"], split="validation"), **cell.tests})
+    scores = iter([(0.2, 0.4), (0.5, 0.3), (0.4, 0.6), (0.5, 0.9), (0.9, 0.9)])
+    monkeypatch.setattr(Trial, "_scores", lambda self, predictions: dict(zip(("validation", "test"), next(scores), strict=True)))
+    train([cell], store)
+    (outcome,) = store.outcomes()
+    assert outcome["chosen"] == {"validation": 0.5, "test": 0.3}  # the first of those it likes best
+    assert outcome["best"] == {"validation": 0.5, "test": 0.9}
+    assert outcome["epochs"] == 4
+    path = store.cells / f"{cell.name}.json"
+    path.write_text(json.dumps({name: value for name, value in outcome.items() if name != "chosen"}))
+    assert store.outcomes()[0]["chosen"] == outcome["scores"]  # of a folder from before it was written down
+
+
 def test_where_a_cell_stands_is_kept_now_and_then(store: Store, monkeypatch) -> None:
     monkeypatch.setattr("deltanet.training.suites.runner.KEEP_EVERY", 0.0)
     cells, seen = tiny(epochs=3), []
@@ -228,6 +243,7 @@ def test_foreign_folders_are_refused(tmp_path, store: Store) -> None:
 def outcome(cell, score: float, **values) -> dict:
     record = {"cell": cell.record(), "status": "finished", "scores": {"test": score}, "best": {"test": score}, "epochs": 64}
     record |= {"seconds": 1.0, **values}
+    record.setdefault("chosen", record["scores"])
     return json.loads(json.dumps(record))
 
 
@@ -268,6 +284,9 @@ def test_the_rate_is_chosen_by_validation_where_there_is_one() -> None:
     shorter = [outcome(cell, 0, scores={"validation": 0.9 - cell.recipe.epochs / 1000, "test": 0.75}) for cell in every[:3]]
     (row,) = rows_of(suite, [*found, *shorter])
     assert (row.ours, row.others, row.reduced) == (pytest.approx(75), {"validation": pytest.approx(87)}, "")
+    early = outcome(every[3], 0, scores={"validation": 0.1, "test": 0.1}, chosen={"validation": 0.9, "test": 0.6})
+    (row,) = rows_of(suite, [early, *shorter])  # what a cell was when validation liked it best
+    assert (row.ours, row.others) == (pytest.approx(60), {"validation": pytest.approx(90)})
     wider = suite.cells(replace(grid, widths=(512,)), "float32")[0]
     rows = rows_of(suite, [*found, outcome(wider, 0, scores={"validation": 0.75, "test": 0.99}, epochs=120)])
     assert "| deltanet | 70.0 |\n| paper | 81.3 |" in markdown(suite, rows)  # the width too, by validation

@@ -26,7 +26,7 @@ class Recipe:
     beta2: float = 0.999
     max_grad_norm: float | None = None
     stop_above: float | None = None  # done once the accuracy is above this ...
-    patience: int | None = None  # ... or after so many epochs without a better one
+    patience: int | None = None  # ... or after so many epochs without a better one, by validation where there is one
     precision: str = "float32"  # of the matrix products
 
     def __post_init__(self) -> None:
@@ -90,6 +90,11 @@ class Cell:
         """Tells the cell from all others of its suite, and is a good name for a file."""
         rate = f"lr{self.learning_rate:.3g}_wd{self.weight_decay:g}_epochs{self.recipe.epochs}_seed{self.seed}"
         return f"{self.task}_{self.model}_d{self.config.d_model}_{rate}"
+
+    @property
+    def judge(self) -> str:
+        """The test by which evaluations are compared."""
+        return "validation" if "validation" in self.tests else "test"
 
     @property
     def entry(self) -> tuple[str, str, int]:

@@ -4,8 +4,8 @@ The setting is that of the DeltaNet paper's second author (berlino/seq-test, zoo
 mixer and SwiGLU (320 wide), two heads, tied embeddings with dropout 0.1, examples cut at 512 tokens, batch 32, learning rate 2.54e-4, cosine
 per epoch to 0 over 30, 60, 90 or 120 epochs, 1,000 test examples; attention has a SwiGLU of 512 and rate 3e-4, and here rotary positions, as the
 paper's Transformer++: with learned ones and a dropout of 0.1 on its weights, as in that setting, 2,500 examples are too few for it (docs/log.md).
-What the model is at the end counts, so the number of epochs, of which the best by validation is taken, is what keeps it from learning its examples
-by heart. With several widths the best counts.
+What keeps it from learning its examples by heart is that the epoch counts which validation likes best, as in the original (berlino/seq_icl tests
+its best checkpoint); the number of epochs, that is how fast the rate falls, is chosen by validation too, and with several widths the width.
 """
 
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ RATES, RATES_OF_ATTENTION = (2.54e-4,), (3e-4,)
 
 
 class RegBenchSuite(Suite):
-    name, measure, rates = "regbench", "predictions that are allowed, %", "validation"
+    name, measure, rates, counts = "regbench", "predictions that are allowed, %", "validation", "chosen"
 
     def grid(self, quick: bool) -> Grid:
         full = Grid(

@@ -237,6 +237,7 @@ def _end(slot: _Slot, store: Store, status: str, environment: dict[str, Any]) ->
         "status": status,
         "scores": history[-1].scores,
         "best": {name: max(found.scores[name] for found in history) for name in slot.cell.tests},
+        "chosen": max(history, key=lambda found: found.scores[slot.cell.judge]).scores,
         "loss": None if slot.trial.is_diverged else history[-1].loss,
         "epochs": history[-1].epoch,
         "steps": slot.trial.done,

@@ -171,6 +171,7 @@ def _outcome(path: Path) -> dict[str, Any]:
     for name, kind in {"cell": dict, "status": str, "scores": dict, "best": dict, "epochs": int}.items():
         if not isinstance(found.get(name), kind):
             raise ValueError(f"'{path}' must be the outcome of a cell, got no {name}: put it back, or remove it")
+    found.setdefault("chosen", found["scores"])  # before it was written down
     for name, kind in {"config": SuiteModelConfig, "recipe": Recipe}.items():  # before a field was there, it was at its default
         if isinstance(known := found["cell"].get(name), dict):
             defaults = {one.name: one.default for one in fields(kind) if one.default is not MISSING}

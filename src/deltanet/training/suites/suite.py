@@ -72,7 +72,8 @@ class Suite(ABC):
     name: ClassVar[str]
     measure: ClassVar[str]  # what the scores are, for the axis of a figure
     rates: ClassVar[str]  # by what the learning rate is chosen: the name of a test
-    counts: ClassVar[Literal["scores", "best"]] = "scores"  # which evaluation counts: the last, or the best of all
+    # Which evaluation counts: the last, the best of all for each test by itself, or the one that the cell's judge likes best.
+    counts: ClassVar[Literal["scores", "best", "chosen"]] = "scores"
 
     @abstractmethod
     def grid(self, quick: bool) -> Grid:

@@ -213,10 +213,10 @@ class Trial:
     @property
     def is_done(self) -> bool:
         """Whether the recipe asks for no more: the test is solved, or its score has been better than now for too long."""
-        scores = [found.scores["test"] for found in self.history]
-        best, limit, patience = max(scores), self.recipe.stop_above, self.recipe.patience
-        since = self.history[-1].epoch - self.history[scores.index(best)].epoch
-        return (limit is not None and scores[-1] > limit) or (patience is not None and since >= patience)
+        judged = [found.scores[self.cell.judge] for found in self.history]
+        last, limit, patience = self.history[-1], self.recipe.stop_above, self.recipe.patience
+        since = last.epoch - self.history[judged.index(max(judged))].epoch
+        return (limit is not None and last.scores["test"] > limit) or (patience is not None and since >= patience)
 
     def close(self) -> None:
         """Gives the memory of the graphs back."""
