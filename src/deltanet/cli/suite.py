@@ -90,6 +90,8 @@ class SuiteOptions:
     """Leave out further learning rates of a model once one has reached the protocol's threshold."""
     together: int | None = None
     """Cells trained side by side on the device; 4 on a GPU, 1 on a CPU if not given."""
+    stacked: int | None = None
+    """Cells that differ in rate and decay alone, trained as one model where that can be (MAD); 6 on a GPU, 1 on a CPU if not given."""
     cells: str | None = None
     """This process's part of the cells, such as 2/3. Several processes may share a folder, each on its GPU."""
     out: Path | None = None
@@ -130,10 +132,12 @@ def run(args: list[str]) -> int:
     if options.show:
         show(cells)
         return 0
-    for name, value, most in (("together", options.together, 64), ("minutes", options.minutes, 1e6)):
+    limits = (("together", options.together, 64), ("stacked", options.stacked, 64), ("minutes", options.minutes, 1e6))
+    for name, value, most in limits:
         if value is not None and not 0 < value <= most:
             raise ValueError(f"{name} must be above 0 and at most {most:g}, got {value:g}")
     together = options.together or (4 if device.type == "cuda" else 1)
+    stacked = options.stacked or (6 if device.type == "cuda" else 1)
     store = Store(options.out or Path("runs/suites") / (suite.name + ("-quick" if quick else "")), suite.name)
     if options.overwrite:
         for cell in cells:
@@ -141,7 +145,7 @@ def run(args: list[str]) -> int:
     watcher = watcher_for(options, store, device)
     try:
         status = run_cells(
-            cells, store, device=device, together=together, backend=options.backend, minutes=options.minutes,
+            cells, store, device=device, together=together, stacked=stacked, backend=options.backend, minutes=options.minutes,
             until_solved=options.until_solved, compile=device.type == "cuda" and not options.no_compile,
             environment=environment(device, together), watcher=watcher,
         )  # fmt: skip

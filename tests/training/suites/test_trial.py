@@ -14,6 +14,7 @@ from deltanet.data.synthetic import IGNORED, Examples
 from deltanet.training.suites import MODELS, SUITES, Cell, Recipe, Trial, prepare
 from deltanet.training.suites import trial as trial_module
 from deltanet.training.suites.model import SuiteModel
+from deltanet.training.suites.trial import is_diverged
 
 from .conftest import tiny
 
@@ -130,7 +131,7 @@ def test_it_stops_above_the_threshold_and_when_the_loss_is_lost() -> None:
     with torch.no_grad():
         lost.model.embeddings.weight[3] = float("nan")
     assert len([x for x in lost.run() if x]) == 1
-    assert lost.is_diverged
+    assert is_diverged(lost.history)
 
 
 def test_patience_ends_what_gets_no_better() -> None:
@@ -207,7 +208,7 @@ def test_a_state_that_does_not_fit_is_refused(change, message: str) -> None:
 def test_compiled_steps_are_the_same_and_compiled_once(monkeypatch, many: int, graphs: int) -> None:
     """One block for both of a model's, and for both seeds; the loss where there are many ids."""
     compiled = cache(lambda function: torch.compile(function, fullgraph=True, dynamic=False, backend="aot_eager"))
-    monkeypatch.setattr(trial_module, "_compiled", compiled)
+    monkeypatch.setattr(trial_module, "compiled", compiled)
     monkeypatch.setattr(trial_module, "MANY_IDS", many)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()

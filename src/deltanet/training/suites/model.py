@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deltanet.layers import Attention, AttentionConfig, FeedForward, Mixer, RMSNorm
@@ -153,9 +152,11 @@ class _Decoder(nn.Module):
         super().__init__()
         d = config.d_model
         self.layers = nn.Sequential(*(part for _ in range(2) for part in (RMSNorm(d), nn.Linear(d, d), nn.GELU())))
+        self.models = 1  # so many side by side in the channels of x, see stacked.py
 
     def forward(self, x: Tensor, tokens: int) -> Tensor:
-        return self.layers(_narrow(x[:, None] + _waves(tokens, x.shape[-1], x.device)))
+        waves = _waves(tokens, x.shape[-1] // self.models, x.device).repeat(1, self.models)
+        return self.layers(_narrow(x[:, None] + waves))
 
 
 def _waves(tokens: int, width: int, device: torch.device) -> Tensor:
@@ -247,7 +248,7 @@ class SuiteModel(nn.Module):
             return self.embeddings(tokens)
         other = torch.arange(tokens.numel(), device=tokens.device, dtype=tokens.dtype).view_as(tokens) % self.config.vocab_size
         rows = self.embeddings(torch.where(tokens == common, other, tokens))
-        return torch.where((tokens == common)[..., None], self.embeddings.weight[common], rows)
+        return torch.where((tokens == common)[..., None], self.embeddings(tokens.new_full((1,), common)), rows)
 
     def body(
         self,
@@ -271,11 +272,15 @@ class SuiteModel(nn.Module):
 
     def logits(self, x: Tensor, places: Tensor | None = None) -> Tensor:
         """`[B, T, vocab_size]` of what `body` gave, or `[B, K, vocab_size]` at `places` `[B, K]` alone."""
+        return self.lm_head(self.features(x, places))
+
+    def features(self, x: Tensor, places: Tensor | None = None) -> Tensor:
+        """What the head reads, `[B, T, d_model]` or `[B, K, d_model]`."""
         if self.config.decoder:
             x = self.decoder(x[:, -1], x.shape[1])
         if places is not None:
             x = x.gather(1, places[..., None].expand(-1, -1, x.shape[-1]))
-        return F.linear(_narrow(self.norm(x)), self.lm_head.weight, self.lm_head.bias)
+        return _narrow(self.norm(x))
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits `[B, T, vocab_size]`."""

@@ -12,8 +12,9 @@ import torch
 from deltanet.data.synthetic import Task
 from deltanet.training.interrupts import Interrupts
 from deltanet.training.suites.cell import Cell
+from deltanet.training.suites.group import Group, grouped
 from deltanet.training.suites.store import Claim, Store
-from deltanet.training.suites.trial import Examined, Prepared, Trial, prepare
+from deltanet.training.suites.trial import Examined, Prepared, Trial, is_diverged, is_over, prepare
 
 __all__ = ["Progress", "Watcher", "run_cells"]
 
@@ -69,13 +70,35 @@ class Watcher(Protocol):
 
 @dataclass(eq=False)
 class _Slot:
-    cell: Cell
+    """What is trained as one: a cell, or several as one model."""
+
+    open: dict[Cell, Claim]  # the cells that are not over
     trial: Trial
-    run: Iterator[Examined | None]
-    claim: Claim
-    work: float  # what is left of the cell's for this call
+    run: Iterator[Any]
+    cells_work: float
+    work: float  # what is left of it for this call
     counted: float = 0.0
     kept: float = field(default_factory=time.monotonic)
+
+    @property
+    def entry(self) -> tuple[str, str, int]:
+        return self.trial.cell.entry
+
+    def histories(self) -> Iterator[tuple[int, Cell, list[Examined]]]:
+        """Of the cells that are not over: the number in the trial, and what its evaluations found."""
+        for g, (cell, history) in enumerate(zip(self.trial.cells, self.trial.histories, strict=True)):
+            if cell in self.open:
+                yield g, cell, history
+
+    def keep(self, store: Store) -> None:
+        for g, cell, _ in self.histories():
+            store.keep(cell, *self.trial.state(g))
+        self.kept = time.monotonic()
+
+    def close(self) -> None:
+        self.trial.close()
+        for claim in self.open.values():
+            claim.release()
 
 
 class Sets:
@@ -101,6 +124,7 @@ def run_cells(
     *,
     device: torch.device,
     together: int,
+    stacked: int = 1,
     backend: str = "auto",
     minutes: float | None = None,
     until_solved: bool = False,
@@ -111,6 +135,7 @@ def run_cells(
     """Trains the cells that are not done yet, in their order, `together` at a time. One that raises an error is left, and the others go on.
 
     Args:
+        stacked: so many cells that differ in rate and decay alone are trained as one model, where models of their kind can be.
         minutes: stop after so long; cells under way are then written down as stopped, and the next call goes on with them.
         until_solved: leave out an entry's other rates once one is above the recipe's `stop_above`.
         compile: whether the models' small operations are fused first, see `Trial`.
@@ -121,84 +146,90 @@ def run_cells(
     """
     outcomes = {cell: store.read(cell) for cell in cells}
     solved = {cell.entry for cell, outcome in outcomes.items() if outcome and _solves(cell, outcome)}
-    waiting = deque(cell for cell, outcome in outcomes.items() if outcome is None or outcome["status"] == "stopped")
-    progress = Progress(cells=len(waiting), work=sum(cell.work for cell in waiting))
-    watcher.begin(progress, len(cells) - len(waiting))
+    left = [cell for cell, outcome in outcomes.items() if outcome is None or outcome["status"] == "stopped"]
+    waiting = deque(grouped(left, stacked))
+    progress = Progress(cells=len(left), work=sum(cell.work for cell in left))
+    watcher.begin(progress, len(cells) - len(left))
     sets, slots, ending = Sets(device), list[_Slot](), "finished"
 
-    def fail(cell: Cell, error: Exception, work: float, counted: float = 0.0) -> None:
+    def fail(cells: Sequence[Cell], error: Exception, work: float, counted: float = 0.0) -> None:
         if isinstance(error, torch.AcceleratorError):
             raise error
-        progress.failed += 1
         progress.work -= work
         progress.work_done -= counted
-        store.note({"cell": cell.name, "error": "".join(traceback.format_exception(error))})
-        watcher.failed(cell, f"{type(error).__name__}: {str(error).partition(chr(10))[0]}", progress)
+        for cell in cells:
+            progress.failed += 1
+            store.note({"cell": cell.name, "error": "".join(traceback.format_exception(error))})
+            watcher.failed(cell, f"{type(error).__name__}: {str(error).partition(chr(10))[0]}", progress)
 
     with Interrupts() as interrupts:
         while (waiting or slots) and ending == "finished":
             while waiting and len(slots) < together:
-                cell = waiting.popleft()
-                if until_solved and cell.entry in solved:
-                    progress.left_out += 1
-                    progress.work -= cell.work
+                cells = waiting.popleft()
+                if until_solved and cells[0].entry in solved:
+                    progress.left_out += len(cells)
+                    progress.work -= _work(cells)
                     continue
                 try:
-                    slot = _begin(cell, store, sets, device, backend, compile)
+                    slot, others = _begin(cells, store, sets, device, backend, compile)
                 except Exception as error:
-                    fail(cell, error, cell.work)
+                    fail(cells, error, _work(cells))
                     continue
-                if slot is None:
-                    progress.elsewhere += 1
-                    progress.work -= cell.work
-                else:
-                    progress.work -= cell.work - slot.work
+                if others:  # which stand elsewhere in their training
+                    waiting.appendleft(others)
+                mine = [] if slot is None else list(slot.open)
+                elsewhere = [cell for cell in cells if cell not in mine and cell not in others]
+                progress.elsewhere += len(elsewhere)
+                progress.work -= _work(elsewhere)
+                if slot is not None:
+                    progress.work -= slot.cells_work - slot.work
                     slots.append(slot)
             for slot in list(slots):
                 try:
-                    found = next(slot.run, slot)
+                    found: Any = next(slot.run, slot)
                 except Exception as error:
                     slots.remove(slot)
-                    fail(slot.cell, error, slot.work, slot.counted)
-                    slot.trial.close()
-                    slot.claim.release()
+                    fail([*slot.open], error, slot.work, slot.counted)
+                    slot.close()
                     continue
                 _count(slot, progress)
                 if found is slot:
                     slots.remove(slot)
-                    outcome = _end(slot, store, "diverged" if slot.trial.is_diverged else "finished", environment)
-                    progress.done += 1
                     progress.work_done += slot.work - slot.counted
-                    if _solves(slot.cell, outcome):
-                        solved.add(slot.cell.entry)
-                    watcher.finished(slot.cell, outcome, progress)
-                elif isinstance(found, Examined):
-                    store.note({"cell": slot.cell.name, **found.record()})
-                    watcher.examined(slot.cell, found, progress)
+                    slot.close()
+                elif found is not None:
+                    told: list[tuple[Cell, Examined]] = found if isinstance(found, list) else [(slot.trial.cell, found)]
+                    for cell, one in told:
+                        store.note({"cell": cell.name, **one.record()})
+                        watcher.examined(cell, one, progress)
+                    for _, cell, history in list(slot.histories()):
+                        if is_over(history, cell):
+                            outcome = _end(slot, cell, history, store, environment)
+                            progress.done += 1
+                            if _solves(cell, outcome):
+                                solved.add(cell.entry)
+                            watcher.finished(cell, outcome, progress)
                     if time.monotonic() - slot.kept > KEEP_EVERY:
-                        store.keep(slot.cell, *slot.trial.state())
-                        slot.kept = time.monotonic()
-            watcher.tick(progress)
+                        slot.keep(store)
             if until_solved:
-                for slot in [slot for slot in slots if slot.cell.entry in solved]:
+                for slot in [slot for slot in slots if slot.open and slot.entry in solved]:
                     slots.remove(slot)
-                    slot.trial.close()
-                    slot.claim.release()
-                    progress.left_out += 1
+                    progress.left_out += len(slot.open)
                     progress.work -= slot.work
                     progress.work_done -= slot.counted
+                    slot.close()
+            watcher.tick(progress)
             if interrupts.received:
                 ending = "interrupted"
             elif minutes is not None and progress.seconds > 60 * minutes:
                 ending = "time"
     for slot in slots:
         if slot.trial.done:
-            store.keep(slot.cell, *slot.trial.state())
-        if slot.trial.history:
-            watcher.finished(slot.cell, _end(slot, store, "stopped", environment), progress)
-        else:
-            slot.trial.close()
-            slot.claim.release()
+            slot.keep(store)
+        for _, cell, history in list(slot.histories()):
+            if history:
+                watcher.finished(cell, _end(slot, cell, history, store, environment), progress)
+        slot.close()
     if progress.failed and ending != "interrupted":
         return "failed"
     if not (waiting or slots):
@@ -206,49 +237,73 @@ def run_cells(
     return ending
 
 
-def _begin(cell: Cell, store: Store, sets: Sets, device: torch.device, backend: str, compile: bool) -> _Slot | None:
-    """`cell` under way; None where another process is at it, or was before us."""
-    claim = store.claim(cell)
-    if claim is None:
-        return None
-    outcome = store.read(cell)
-    if outcome is not None and outcome["status"] != "stopped":
-        claim.release()
-        return None
+def _begin(
+    cells: Sequence[Cell], store: Store, sets: Sets, device: torch.device, backend: str, compile: bool
+) -> tuple[_Slot | None, list[Cell]]:
+    """Those of the cells that no other process is at or was before us, under way, and the ones among them that stand at another step."""
+    claims, standings, others = dict[Cell, Claim](), dict[Cell, Any](), list[Cell]()
     try:
-        train = sets.get(cell.train, cell.recipe.train_examples, cell.seed, "train")
-        tests = {name: sets.get(test.task, test.examples, cell.seed, test.split) for name, test in cell.tests.items()}
-        trial = Trial(cell, train, tests, device=device, backend=backend, compile=compile)
-        if (standing := store.standing(cell)) is not None:
-            try:
-                trial.restore(*standing)
-            except ValueError as error:
-                raise ValueError(f"where {cell.name} stands is not told right, {error}: --overwrite begins it anew") from None
+        for cell in cells:
+            claim = store.claim(cell)
+            if claim is None:
+                continue
+            claims[cell] = claim
+            outcome = store.read(cell)
+            if outcome is not None and outcome["status"] != "stopped":
+                claims.pop(cell).release()
+                continue
+            standings[cell] = standing = store.standing(cell)
+            if _steps(standing) != _steps(next(iter(standings.values()))):
+                others.append(cell)
+                claims.pop(cell).release()
+        if not claims:
+            return None, []
+        mine, first = list(claims), next(iter(claims))
+        train = sets.get(first.train, first.recipe.train_examples, first.seed, "train")
+        tests = {name: sets.get(test.task, test.examples, first.seed, test.split) for name, test in first.tests.items()}
+        options: dict[str, Any] = {"device": device, "backend": backend, "compile": compile}
+        trial = Trial(first, train, tests, **options) if len(mine) == 1 else Group(mine, train, tests, **options)
+        for g, cell in enumerate(mine):
+            if standings[cell] is not None:
+                try:
+                    trial.restore(standings[cell][0], standings[cell][1], g)
+                except ValueError as error:
+                    raise ValueError(f"where {cell.name} stands is not told right, {error}: --overwrite begins it anew") from None
     except BaseException:
-        claim.release()
+        for claim in claims.values():
+            claim.release()
         raise
-    return _Slot(cell, trial, trial.run(), claim, cell.work * (1 - trial.done / cell.recipe.steps))
+    work = _work(mine)
+    return _Slot(claims, trial, trial.run(), work, work * (1 - trial.done / first.recipe.steps)), others
 
 
-def _end(slot: _Slot, store: Store, status: str, environment: dict[str, Any]) -> dict[str, Any]:
-    """Writes the outcome down and gives the cell's place free."""
-    history = slot.trial.history
+def _steps(standing: tuple[Any, dict[str, Any]] | None) -> Any:
+    return None if standing is None else standing[1].get("done")
+
+
+def _work(cells: Sequence[Cell]) -> float:
+    return sum(cell.work for cell in cells)
+
+
+def _end(slot: _Slot, cell: Cell, history: list[Examined], store: Store, environment: dict[str, Any]) -> dict[str, Any]:
+    """Writes down how far the cell came; if it is over, its place is free."""
+    over, lost = is_over(history, cell), is_diverged(history)
     outcome = {
-        "status": status,
+        "status": "diverged" if lost else "finished" if over else "stopped",
         "scores": history[-1].scores,
-        "best": {name: max(found.scores[name] for found in history) for name in slot.cell.tests},
-        "chosen": max(history, key=lambda found: found.scores[slot.cell.judge]).scores,
-        "loss": None if slot.trial.is_diverged else history[-1].loss,
+        "best": {name: max(found.scores[name] for found in history) for name in cell.tests},
+        "chosen": max(history, key=lambda found: found.scores[cell.judge]).scores,
+        "loss": None if lost else history[-1].loss,
         "epochs": history[-1].epoch,
         "steps": slot.trial.done,
         "seconds": round(history[-1].seconds, 3),
+        "stacked": len(slot.trial.cells),
         "environment": environment,
     }
-    store.write(slot.cell, outcome)
-    if status != "stopped":
-        store.forget(slot.cell)
-    slot.trial.close()
-    slot.claim.release()
+    store.write(cell, outcome)
+    if over:
+        store.forget(cell)
+        slot.open.pop(cell).release()
     return outcome
 
 
@@ -259,8 +314,9 @@ def _solves(cell: Cell, outcome: dict[str, Any]) -> bool:
 
 def _count(slot: _Slot, progress: Progress) -> None:
     """Adds to the work done what the slot has handed to the device since the last time."""
-    cell = slot.cell
-    counted = slot.work - cell.work * (1 - slot.trial.done / cell.recipe.steps)
-    progress.tokens += round((counted - slot.counted) / cell.work * cell.recipe.steps) * cell.recipe.batch_size * cell.train.length
+    recipe, length = slot.trial.recipe, slot.trial.cell.train.length
+    counted = slot.work - slot.cells_work * (1 - slot.trial.done / recipe.steps)
+    steps = round((counted - slot.counted) / slot.cells_work * recipe.steps)
+    progress.tokens += steps * recipe.batch_size * length * len(slot.trial.cells)
     progress.work_done += counted - slot.counted
     slot.counted = counted

@@ -7,7 +7,7 @@ so a step is a replay and nothing else. On a CPU the same step is run as it stan
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -98,54 +98,67 @@ class Trial:
         `compile` is whether the model's small operations are fused, which takes some seconds for each model and shape.
         """
         self.cell, self.recipe, self.device = cell, cell.recipe, device
+        self.cells: tuple[Cell, ...] = (cell,)
+        self.histories: list[list[Examined]] = [[]]
         self.train, self.tests = train, tests
         self.uses_graph = device.type == "cuda" if graph is None else graph
         self.compiles = compile
         if compile:  # each model and shape is one more compilation of the same function, up to this many
             torch._dynamo.config.recompile_limit = 1024
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self.model = SuiteModel(cell.config, backend=backend)
-        self.model.init_weights(torch.Generator().manual_seed(cell.seed))
+        self.model = self._make_model(backend)
         with self._on_stream():
             if self.stream is not None:
                 self.stream.wait_stream(torch.cuda.default_stream(device))
             self.model.to(device)
             self.generator = torch.Generator(device).manual_seed(cell.seed + 1)
-            rates = self.recipe.learning_rates(cell.learning_rate)
-            self.rates = torch.tensor(rates, device=device)
+            self.rates = self._make_rates()
             self.rate = self.rates[0].clone()
             self.at = torch.zeros(1, dtype=torch.int64, device=device)  # the step in its epoch
             self.step = torch.zeros(1, dtype=torch.int64, device=device)  # in all
             self.order = torch.arange(len(train.inputs), device=device)
             self.rows = torch.arange(self.recipe.batch_size, device=device)
-            self.loss = torch.zeros((), device=device)
+            self.loss = torch.zeros_like(self.rate)
+        groups = self._make_groups()
         self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), lr=self.rate, betas=(0.9, self.recipe.beta2), weight_decay=cell.weight_decay,
-            fused=True, capturable=device.type == "cuda",
-        )  # fmt: skip
+            groups, betas=(0.9, self.recipe.beta2), fused=True, capturable=device.type == "cuda"
+        )
         self.graph: torch.cuda.CUDAGraph | None = None
         self.evaluations: dict[str, tuple[torch.cuda.CUDAGraph, Tensor]] = {}  # by test: its replay, and where that puts predictions
         self.eager = 0  # steps that were no replay
         self.predicted: set[str] = set()  # tests for which all kernels are compiled
         self.done = 0  # steps
         self.began = time.monotonic()
-        self.history: list[Examined] = []
 
-    def run(self) -> Iterator[Examined | None]:
+    def _make_model(self, backend: str) -> SuiteModel:
+        return begun(self.cell, backend)
+
+    def _make_rates(self) -> Tensor:
+        """The rate of every step."""
+        return torch.tensor(self.recipe.learning_rates(self.cell.learning_rate), device=self.device)
+
+    def _make_groups(self) -> list[dict[str, Any]]:
+        """The optimizer's groups of parameters, one for each cell."""
+        return [{"params": list(self.model.parameters()), "lr": self.rate, "weight_decay": self.cell.weight_decay}]
+
+    @property
+    def history(self) -> list[Examined]:
+        """What the evaluations found."""
+        return self.histories[0]
+
+    def run(self) -> Iterator[Any]:
         """Trains on; yields None after each burst of steps and while a score is awaited, and what an evaluation found."""
         per_epoch, epochs = self.recipe.steps_per_epoch, self.recipe.epochs
         while True:
             epoch, first = divmod(self.done, per_epoch)
-            last = self.history[-1].epoch if self.history else 0
+            last = max(history[-1].epoch if history else 0 for history in self.histories)
             if first == 0 and epoch > last and (epoch % self.recipe.evaluate_every == 0 or epoch == epochs):
                 predictions = {name: self._predict(name) for name in self.tests}
                 ready = self._mark()
                 while ready is not None and not ready.query():
                     yield None
-                loss = self._take_loss((epoch - last) * per_epoch)
-                self.history.append(Examined(epoch, loss, self._scores(predictions), time.monotonic() - self.began))
-                yield self.history[-1]
-                if self.is_diverged or self.is_done:
+                yield self._examine(epoch, self._take_loss((epoch - last) * per_epoch), self._scores(predictions))
+                if all(is_over(history, self.cell) for history in self.histories):
                     return
             if epoch == epochs:
                 return
@@ -155,15 +168,20 @@ class Trial:
                 self._steps(min(BURST, per_epoch - step))
                 yield None
 
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Where the training stands: tensors on the host, and plain JSON. To be asked for between two turns of `run`."""
+    def _examine(self, epoch: int, loss: Any, scores: dict[str, Any]) -> Any:
+        """Writes down what an evaluation found."""
+        self.history.append(Examined(epoch, loss, scores, time.monotonic() - self.began))
+        return self.history[-1]
+
+    def state(self, g: int = 0) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Where the training of cell `g` stands: tensors on the host, and plain JSON. To be asked for between two turns of `run`."""
         with self._on_stream():
-            tensors = {name: tensor.detach().to("cpu", copy=True) for name, tensor in self._tensors().items()}
+            tensors = {name: tensor.detach().to("cpu", copy=True) for name, tensor in self._tensors(g).items()}
         tensors["generator"] = self.generator.get_state()
-        history = [asdict(found) for found in self.history]
+        history = [asdict(found) for found in self.histories[g]]
         return tensors, {"done": self.done, "seconds": time.monotonic() - self.began, "history": history}
 
-    def restore(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
+    def restore(self, tensors: dict[str, Tensor], values: dict[str, Any], g: int = 0) -> None:
         """Goes on from what `state` of a trial of the same cell gave, to the same bits. For a trial that has not begun.
 
         Raises ValueError, which names what differs, for the state of another one; then nothing has changed.
@@ -175,7 +193,7 @@ class Trial:
             history = [Examined(**found) for found in values["history"]]
         except (KeyError, TypeError) as error:
             raise ValueError(f"history must be evaluations, got {error!r}") from None
-        mine = self._tensors()
+        mine = self._tensors(g)
         wanted = {name: (list(x.shape), x.dtype) for name, x in mine.items()}
         found = {name: (list(x.shape), x.dtype) for name, x in tensors.items() if name != "generator"}
         for name in sorted({*wanted, *found}):
@@ -192,31 +210,19 @@ class Trial:
             self.step.fill_(done)
             for state in self.optimizer.state.values():
                 state["step"].fill_(done)
-        self.done, self.history, self.began = done, history, time.monotonic() - seconds
+        self.done, self.histories[g], self.began = done, history, time.monotonic() - seconds
 
-    def _tensors(self) -> dict[str, Tensor]:
-        """What changes with a step and no counter tells, by name; AdamW's means are made if they are not there yet."""
-        found = {"loss": self.loss, **({"order": self.order} if self.recipe.shuffle else {})}
-        for name, weight in self.model.named_parameters():
+    def _tensors(self, g: int) -> dict[str, Tensor]:
+        """What changes of cell `g` with a step and no counter tells, by name; AdamW's means are made if they are not there yet."""
+        found = {"loss": self.loss.view(-1)[g], **({"order": self.order} if self.recipe.shuffle else {})}
+        names = [name for name, _ in self.model.named_parameters()]
+        for name, weight in zip(names, self.optimizer.param_groups[g]["params"], strict=True):
             means = self.optimizer.state[weight]
             if not means:  # as torch.optim.AdamW begins them
                 means["step"] = torch.zeros((), device=weight.device)
                 means.update({mean: torch.zeros_like(weight, memory_format=torch.preserve_format) for mean in MEANS})
             found |= {f"weights.{name}": weight, **{f"{mean}.{name}": means[mean] for mean in MEANS}}
         return found
-
-    @property
-    def is_diverged(self) -> bool:
-        """Whether the loss is no number any more."""
-        return bool(self.history) and math.isnan(self.history[-1].loss)
-
-    @property
-    def is_done(self) -> bool:
-        """Whether the recipe asks for no more: the test is solved, or its score has been better than now for too long."""
-        judged = [found.scores[self.cell.judge] for found in self.history]
-        last, limit, patience = self.history[-1], self.recipe.stop_above, self.recipe.patience
-        since = last.epoch - self.history[judged.index(max(judged))].epoch
-        return (limit is not None and last.scores["test"] > limit) or (patience is not None and since >= patience)
 
     def close(self) -> None:
         """Gives the memory of the graphs back."""
@@ -242,16 +248,16 @@ class Trial:
         event.record(self.stream)
         return event
 
-    def _take_loss(self, steps: int) -> float:
+    def _take_loss(self, steps: int) -> Any:
         with self._on_stream():
-            loss = float(self.loss) / steps
+            loss = (self.loss.double() / steps).tolist()
             self.loss.zero_()
         return loss
 
-    def _scores(self, predictions: dict[str, Tensor]) -> dict[str, float]:
+    def _scores(self, predictions: dict[str, Tensor]) -> dict[str, Any]:
         with self._on_stream():
             return {
-                name: float(self.cell.tests[name].task.score(found, cast(Examples, self.tests[name].examples)))
+                name: self.cell.tests[name].task.score(found, cast(Examples, self.tests[name].examples)).tolist()
                 for name, found in predictions.items()
             }
 
@@ -278,6 +284,7 @@ class Trial:
     def _capture(self) -> None:
         graph = torch.cuda.CUDAGraph()
         graph.register_generator_state(self.generator)
+        self.model.zero_grad(set_to_none=True)
         self.optimizer.zero_grad(set_to_none=True)
         with torch.cuda.graph(graph, stream=self.stream):
             self._step()
@@ -287,27 +294,40 @@ class Trial:
         """One update. Reads and moves the counters on the device; no number of it is seen by the host."""
         rows = self.order.index_select(0, self.rows + self.at * self.recipe.batch_size)
         self.rate.copy_(self.rates.index_select(0, self.step).squeeze(0))
-        self.optimizer.zero_grad(set_to_none=True)
+        self.model.zero_grad(set_to_none=True)
         with self._autocast():
             loss = self._loss(rows)
-        loss.backward()
+        self._backward(loss)
         if self.recipe.max_grad_norm is not None:
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.max_grad_norm)
+            for group in self.optimizer.param_groups:
+                torch.nn.utils.clip_grad_norm_(group["params"], self.recipe.max_grad_norm)
         self.optimizer.step()
         self.loss += loss.detach()
         self.at += 1
         self.step += 1
 
+    def _backward(self, loss: Tensor) -> None:
+        loss.backward()
+
     def _loss(self, rows: Tensor) -> Tensor:
-        tokens, labels = (x.index_select(0, rows) for x in (self.train.inputs, self.train.labels))
-        places = None if self.train.places is None else self.train.places.index_select(0, rows)
-        kept = self.model.kept(tokens, self.generator)
-        # Embeddings are looked up outside what is compiled: the compiler would add their gradients up by atomics, in another order and so
-        # to other bits each time. Blocks are compiled one by one: all of a model's are alike, and so are those of tasks that differ in
-        # their ids or in what is asked.
+        tokens, labels, places = self._batch(rows)
         compiles_loss = self.compiles and self.model.config.vocab_size >= MANY_IDS
-        x = self.model.body(self.model.embedded(tokens, self.train.common), kept, _compiled(_block) if self.compiles else None)
-        return (_compiled(_loss) if compiles_loss else _loss)(self.model, x, labels, places)
+        return (compiled(_loss) if compiles_loss else _loss)(self.model, self._body(tokens), labels, places)
+
+    def _batch(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Tokens, labels and their places of these examples."""
+        tokens, labels = (x.index_select(0, rows) for x in (self.train.inputs, self.train.labels))
+        return tokens, labels, None if self.train.places is None else self.train.places.index_select(0, rows)
+
+    def _body(self, tokens: Tensor) -> Tensor:
+        """What the blocks make of the tokens of a training step.
+
+        Embeddings are looked up outside what is compiled: the compiler would add their gradients up by atomics, in another order and so to other
+        bits each time. Blocks are compiled one by one: all of a model's are alike, and so are those of tasks that differ in their ids or in what
+        is asked.
+        """
+        kept = self.model.kept(tokens, self.generator)
+        return self.model.body(self.model.embedded(tokens, self.train.common), kept, compiled(_block) if self.compiles else None)
 
     def _predict(self, name: str) -> Tensor:
         """The token `[N, T]` that the model takes for the likeliest in that test; where nothing is asked, IGNORED or whatever it says.
@@ -347,6 +367,29 @@ class Trial:
         return out
 
 
+def begun(cell: Cell, backend: str = "auto") -> SuiteModel:
+    """The model of the cell as its training begins."""
+    model = SuiteModel(cell.config, backend=backend)
+    model.init_weights(torch.Generator().manual_seed(cell.seed))
+    return model
+
+
+def is_diverged(history: Sequence[Examined]) -> bool:
+    """Whether the loss is no number any more."""
+    return bool(history) and math.isnan(history[-1].loss)
+
+
+def is_over(history: Sequence[Examined], cell: Cell) -> bool:
+    """Whether the recipe asks for no more: all epochs are done, the loss is lost, the test solved, or its score was better than now for too long."""
+    if not history:
+        return False
+    judged, last, recipe = [found.scores[cell.judge] for found in history], history[-1], cell.recipe
+    since = last.epoch - history[judged.index(max(judged))].epoch
+    solved = recipe.stop_above is not None and last.scores["test"] > recipe.stop_above
+    lasting = recipe.patience is not None and since >= recipe.patience
+    return last.epoch == recipe.epochs or is_diverged(history) or solved or lasting
+
+
 def _block(block: nn.Module, x: Tensor, kept: Tensor | None) -> Tensor:
     return block(x, kept)
 
@@ -358,7 +401,7 @@ def _loss(model: SuiteModel, x: Tensor, labels: Tensor, places: Tensor | None) -
 
 
 @cache
-def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """The function, traced when it is first called for a model's shapes; made on demand, since the compiler brings Triton with it.
 
     Not as one graph: fla's operations (GLA, RetNet) forbid to be traced and are called between what is compiled.
