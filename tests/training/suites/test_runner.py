@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from deltanet.training.suites import SUITES, Store, Trial, rows_of
+from deltanet.training.suites import SUITES, Cell, Store, Trial, rows_of
 from deltanet.training.suites.tables import markdown
 
 from .conftest import Watching, tiny, train
@@ -87,6 +87,17 @@ def test_the_evaluation_that_validation_likes_best_is_chosen_and_patience_counts
     path = store.cells / f"{cell.name}.json"
     path.write_text(json.dumps({name: value for name, value in outcome.items() if name != "chosen"}))
     assert store.outcomes()[0]["chosen"] == outcome["scores"]  # of a folder from before it was written down
+
+
+def test_where_a_cell_stands_outlives_a_field_that_was_not_there(store: Store, monkeypatch) -> None:
+    cell = tiny(epochs=6)[0]
+    earlier = cell.record()
+    del earlier["config"]["init"], earlier["recipe"]["patience"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Cell, "record", lambda self: earlier)
+        train([cell], store, minutes=1e-9)
+    assert store.standing(cell) is not None
+    assert train([cell], store) == "finished"
 
 
 def test_where_a_cell_stands_is_kept_now_and_then(store: Store, monkeypatch) -> None:

@@ -115,7 +115,7 @@ class Store:
             with safe_open(path, framework="pt") as file:
                 told = file.metadata() or {}
                 record, values = json.loads(told["cell"]), json.loads(told["values"])
-                self._refuse_another(path, cell, record)
+                self._refuse_another(path, cell, _record(record))
                 return {name: file.get_tensor(name) for name in file.keys()}, values  # noqa: SIM118, it is no dict
         except (KeyError, TypeError, json.JSONDecodeError, SafetensorError, OSError) as error:
             raise ValueError(
@@ -172,11 +172,18 @@ def _outcome(path: Path) -> dict[str, Any]:
         if not isinstance(found.get(name), kind):
             raise ValueError(f"'{path}' must be the outcome of a cell, got no {name}: put it back, or remove it")
     found.setdefault("chosen", found["scores"])  # before it was written down
-    for name, kind in {"config": SuiteModelConfig, "recipe": Recipe}.items():  # before a field was there, it was at its default
-        if isinstance(known := found["cell"].get(name), dict):
-            defaults = {one.name: one.default for one in fields(kind) if one.default is not MISSING}
-            found["cell"][name] = {**defaults, **known}
+    found["cell"] = _record(found["cell"])
     return found
+
+
+def _record(cell: dict[str, Any]) -> dict[str, Any]:
+    """A cell's record as written down, perhaps by an earlier version: before a field was there, it was at its default."""
+    cell = dict(cell)
+    for name, kind in {"config": SuiteModelConfig, "recipe": Recipe}.items():
+        if isinstance(known := cell.get(name), dict):
+            defaults = {one.name: one.default for one in fields(kind) if one.default is not MISSING}
+            cell[name] = {**defaults, **known}
+    return cell
 
 
 def _differences(wanted: Any, found: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
