@@ -37,6 +37,7 @@ class Compiled:
     spill: int  # bytes stored to and loaded from local memory for want of registers
     shared: int  # bytes
     shuffles: int  # instructions that exchange registers between lanes, anywhere in the kernel
+    overlaid: int  # barriers that are made where the arguments of warp-specialised roles lie
     warnings: tuple[str, ...]
 
 
@@ -64,6 +65,20 @@ def read_log(log: str) -> tuple[int, int, int, tuple[str, ...]]:
     if not warnings and re.search(r"wgmma.*serializ", log):
         warnings = ("wgmma serialised",)
     return registers, number["stack frame"], number["spill stores"] + number["spill loads"], warnings
+
+
+def overlaid(ptx: str) -> int:
+    """Barriers made where the roles of a warp-specialised kernel find their arguments. A barrier that nobody uses is given such a place, and making
+    it is not ordered with ordinary stores: it may come after the arguments were put there.
+    """
+    places = {int(at) for at in re.findall(r"mbarrier\.init\S* \[(?:global_smem\+)?(\d+)\]", ptx)}
+    for register in re.findall(r"mbarrier\.init\S* \[(%r\d+)\]", ptx):
+        places |= {int(at) for at in re.findall(rf"add\.s32\s+{register}, %r\d+, (\d+);", ptx)}
+    start = ptx.find("mbarrier.init")
+    arguments: set[int] = set()
+    for vector, bits, at in re.findall(r"st\.shared(?:\.v(\d))?\.b(\d+)\s+\[global_smem\+(\d+)\]", ptx[start : ptx.find("barrier.sync", start)]):
+        arguments |= set(range(int(at), int(at) + int(vector or 1) * int(bits) // 8))
+    return sum(not arguments.isdisjoint(range(at, at + 8)) for at in places)
 
 
 class Offline:
@@ -296,6 +311,7 @@ def compile_row(row: str, capability: int) -> list[Compiled]:
                 spill=spill,
                 shared=kernel.metadata.shared,
                 shuffles=kernel.asm["ptx"].count("shfl.sync"),
+                overlaid=overlaid(kernel.asm["ptx"]),
                 warnings=warnings,
             )
         )
@@ -327,6 +343,8 @@ def problems(compiled: Compiled, budget: int) -> list[str]:
         wrong.append(f"spills {compiled.spill} bytes of registers, {budget} allowed")
     if compiled.warnings:
         wrong.append(f"wgmma is serialised ({', '.join(compiled.warnings)})")
+    if compiled.overlaid:
+        wrong.append(f"{compiled.overlaid} barriers that nobody uses are made over the arguments of its roles")
     if compiled.shared > SHARED_LIMIT[compiled.capability]:
         wrong.append(f"needs {compiled.shared} bytes of shared memory, {SHARED_LIMIT[compiled.capability]} exist")
     return wrong

@@ -191,6 +191,37 @@ def test_what_rounding_left_of_X_counts(D, dtype, limit):
 
 @pytest.mark.gpu
 @pytest.mark.hopper
+@pytest.mark.parametrize("betas", [(1, 1, 2), (2, 2, 1)], ids=str)
+@pytest.mark.parametrize("D", hopper.DIMS)
+def test_what_rounding_left_of_X_counts_by_chunk(D, betas):
+    """Behind chunks without values, which leave the state at zero, a chunk gives what it gives alone, bit for bit, whatever their betas."""
+    q, k, v, beta, do, *_ = inputs(1, 192, 2, 2, D, D, torch.bfloat16, keys="same", beta_max=1.0)
+    beta *= torch.tensor(betas, device="cuda", dtype=beta.dtype).repeat_interleave(64)[:, None]
+    v[:, :128] = 0
+    whole = run((q, k, v, beta, do, None, None, None), 0.1, None, save="nothing")
+    alone = run((*(x[:, 128:].contiguous() for x in (q, k, v, beta, do)), None, None, None), 0.1, None, save="nothing")
+    assert torch.equal(whole["o"][:, 128:], alone["o"])
+    assert torch.equal(whole["final"], alone["final"])
+
+
+@pytest.mark.gpu
+@pytest.mark.hopper
+@pytest.mark.parametrize("D", [64, 128])
+def test_without_a_backward_the_second_launch_is_full(D):
+    """Sequences are cut otherwise then, because the first segments are done by the launch before it."""
+    from deltanet.kernels.hopper import chunk
+
+    q, k, v, beta, *_ = inputs(1, 9300, 16, 16, D, D, torch.bfloat16)
+    usual, without = (kind.of(q, v, beta, None, None).segment for kind in (chunk._Call, chunk._Inference))
+    assert usual != without == 1088
+    given = (q, k, v, beta, None, 0.1, None, None)
+    ours, theirs = (home.chunk_forward(*given, output_final_state=True, save="nothing") for home in (chunk, portable))
+    assert error(ours[0], theirs[0].double()) < 7e-3
+    assert error(ours[1], theirs[1].double()) < 7e-3
+
+
+@pytest.mark.gpu
+@pytest.mark.hopper
 @pytest.mark.parametrize("D", hopper.DIMS)
 @pytest.mark.parametrize("beta_max", [1.0, 2.0])
 @pytest.mark.parametrize("gate", [None, 0.1])
@@ -231,10 +262,11 @@ def test_the_next_sequence_is_not_seen(D, gate):
 
 @pytest.mark.gpu
 @pytest.mark.hopper
+@pytest.mark.parametrize("shape", [(8, 1000, 8), (1, 8192, 2)], ids=["whole", "segments"])
 @pytest.mark.parametrize("beta_max", [1.0, 2.0])
 @pytest.mark.parametrize("D", [128, 256])
-def test_the_same_bits(D, beta_max):
-    given = inputs(8, 1000, 8, 8, D, D, torch.bfloat16, beta_max=beta_max)
+def test_the_same_bits(D, beta_max, shape):
+    given = inputs(*shape, shape[2], D, D, torch.bfloat16, beta_max=beta_max)
     first = run(given, 0.1, None)
     for _ in range(200):
         for name, x in run(given, 0.1, None).items():

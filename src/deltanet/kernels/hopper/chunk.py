@@ -50,6 +50,19 @@ class _Call(chunk_call.Call):
         self.columns = 64 if self.K == WIDE or (halves <= places and not self.segment) else min(self.V, 128)
 
 
+class _Inference(_Call):
+    """A call without a backward, whose first segments the first of two launches makes: in the second there is a place for one segment more. A
+    backward has one launch for all of them, in which it would be a second round.
+    """
+
+    def __init__(self, *tensors: Tensor | None):
+        super().__init__(*tensors)
+        if self.segment:
+            cuts = chunk_call.multiprocessors(tensors[0].device) // (self.N * self.HV) + 1
+            self.segment = max(chunk_call.SHORTEST_SEGMENT, -(-self.T // (cuts * CHUNK)) * CHUNK)
+            self.segments = self.parts(self.segment)
+
+
 @on_its_device
 def chunk_forward(
     q: Tensor,
@@ -67,7 +80,11 @@ def chunk_forward(
     """o `[B, T, HV, V]`, the final states or None, and what the backward needs (docs/conventions.md)."""
     _bind_context(q.device)
     q, k, v, beta, g, initial_state = (chunk_call.plain(x) for x in (q, k, v, beta, g, initial_state))
-    call = _Call.of(q, v, beta, g, cu_seqlens)
+    # Where sequences are cut, what each segment does to a state is found first. That launch leaves room for the outputs of first segments, whose
+    # start is known; but not where it is short itself, since gates forget, nor of packed sequences, which may have no other segment. With an
+    # initial state its products would be serialised; heads of 256 have none.
+    first = initial_state is None and g is None and cu_seqlens is None and q.shape[-1] != WIDE
+    call = (_Inference if first and save == "nothing" else _Call).of(q, v, beta, g, cu_seqlens)
     _compile_once(call, q, k, v, beta, g, initial_state, cu_seqlens, output_final_state, save)
     o = torch.empty_like(v)
     final = q.new_empty(call.states, dtype=torch.float32) if output_final_state else None
@@ -81,9 +98,6 @@ def chunk_forward(
     inputs = (q, k, v, b, G, X, X_low)
     if call.segment:
         N = q.new_empty((call.parts(call.segment), *call.states[1:]), dtype=torch.float32)
-        # That launch leaves room for the outputs of first segments, whose start is known; but not where it is short itself, since gates forget, nor
-        # of packed sequences, which may have no other segment. With an initial state its products would be serialised; heads of 256 have none.
-        first = initial_state is None and G is None and not call.packed and call.K != WIDE
         # of what the first segments do to a state, and the last, in the chain forward and the one backward
         used = int(initial_state is not None), int(final is not None and save != "nothing")
         outputs = (o, E, S) if first else (None, None, None)

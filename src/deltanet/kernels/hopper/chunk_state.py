@@ -131,8 +131,8 @@ def prepare(
                 xc = gl.arange(0, CHUNK, gl.SliceLayout(0, WIDE))
                 low = gl.load(X_low + (token + xr).to(gl.int64)[:, None] * LOW_ROW + xc[None, :], mask=(xr < rows)[:, None], other=0.0)
             else:
-                at, inside = in_X(rows)
-                low = gl.load(X_low + token.to(gl.int64) * 48 + at, mask=inside, other=0.0)
+                at, inside = in_X(token, rows)
+                low = gl.load(X_low + at, mask=inside, other=0.0)
             X_low_s.index(j).store(low)
         put_vectors(vectors, j, b, decay, last, rows, GATED, not BACKWARDS)
         if OUTPUT:

@@ -156,8 +156,8 @@ def state(
 @gluon.jit
 def ask_rest(X_low, above_one, token, length):
     """What rounding left of X of the chunk at `token`, where one of its betas is above 1."""
-    at, inside = in_X(length - token)
-    return gl.load(X_low + token.to(gl.int64) * 48 + at, mask=inside & above_one, other=0.0)
+    at, inside = in_X(token, length - token)
+    return gl.load(X_low + at, mask=inside & above_one, other=0.0)
 
 
 @gluon.jit
@@ -343,12 +343,15 @@ def forward_256(
     loaded = allocate_barriers(STAGES, 1)
     freed = allocate_barriers(STAGES, 2)
     ready = allocate_barriers(STAGES, 1)
-    handed = allocate_barriers(4, 1)
+    # Not without outputs: barriers that nobody waits for would lie where the roles find their arguments, and be made after these were put there.
+    handed = (loaded, loaded, loaded, loaded)
+    if OUTPUT:
+        made = allocate_barriers(4, 1)
+        handed = (made.index(0), made.index(1), made.index(2), made.index(3))  # state_made, state_used, error_made, error_used
 
     tiles = (q_s, k_s, v_s)
     shared = (X_s, X_low_s, S0_s, S1_s, E_s)
     barriers = (loaded, freed, ready)
-    handed = (handed.index(0), handed.index(1), handed.index(2), handed.index(3))  # state_made, state_used, error_made, error_used
     row0 = begin.to(gl.int32)
     value_col = head * V + tile * ROWS
     # the first partition has what registers the others leave; their arguments must be literal: a constexpr put in a variable is one no longer

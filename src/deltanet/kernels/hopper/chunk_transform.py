@@ -315,7 +315,7 @@ def transform(
         else:
             x = solve_64(S, b_s, G_s, whole, GATED, False)
 
-        at, keep = in_X(rows)
+        at, keep = in_X(rows * 0, rows)
         high = x.to(dtype)
         X_s = gl.allocate_shared_memory(dtype, [CHUNK, CHUNK], SWIZZLED)
         X_s.store(high)

@@ -66,14 +66,14 @@ def needed(chunks, part, begin, end, before, identity, starts_used, ends_used):
 
 
 @gluon.jit
-def in_X(rows):
-    """Where in memory a chunk of X lies, from its first entry on, and what of it is there: rows 0 to 31 as 32 columns (the other 32 are zero),
-    then rows 32 to 63 as 64.
+def in_X(token, rows):
+    """Where in memory the chunk of X at `token` lies, and what of it is there: rows 0 to 31 as 32 columns (the other 32 are zero), then rows 32 to 63
+    as 64. Counted in 16 bytes, 32 bits are enough for 2^31 / 6 tokens; 64 bits from the token on cost registers, and spills (docs/log.md).
     """
     r = gl.arange(0, CHUNK, gl.SliceLayout(1, WIDE))
     c = gl.arange(0, CHUNK, gl.SliceLayout(0, WIDE))
-    at = gl.where(r < 32, r * 32, r * 64 - 1024)[:, None] + c[None, :]
-    return at, ((r[:, None] >= 32) | (c[None, :] < 32)) & (r < rows)[:, None]
+    at = token * 6 + gl.where(r < 32, r * 4, r * 8 - 128)
+    return at.to(gl.int64)[:, None] * 8 + c[None, :], ((r[:, None] >= 32) | (c[None, :] < 32)) & (r < rows)[:, None]
 
 
 @gluon.jit
@@ -81,8 +81,8 @@ def ask(X, strength, G, token, length, GATED: gl.constexpr):
     """Of the chunk at `token` X, beta, and if GATED G and its last: what comes without TMA, and is asked for a chunk ahead."""
     t = gl.arange(0, CHUNK, LINE)
     rows = length - token
-    at, inside = in_X(rows)
-    x = gl.load(X + token.to(gl.int64) * 48 + at, mask=inside, other=0.0)
+    at, inside = in_X(token, rows)
+    x = gl.load(X + at, mask=inside, other=0.0)
     b = gl.load(strength + token + t, mask=t < rows, other=0.0)
     last = b
     decay = b
