@@ -6,7 +6,8 @@ installed, and with each in TRITON_FOLDERS, where `make test` puts the oldest th
     TRITON_FOLDERS=/path/to/triton-3.6.0:/path/to/another python -m pytest -m slow tests/kernels/test_hopper_compile.py
 
 Shown to fail: STATE_REGISTERS = 136, at heads of 256 200, and all of S as a register operand in their forward (serialised), ALWAYS_0 = ALSO_0 =
-31, which the compiler sees to be 0 (spills), two stages of S, in their gated forward two places of G (memory).
+31, which the compiler sees to be 0 (spills), two stages of S, in their gated forward two places of G (memory), in the launches of that forward
+without outputs the barriers of those with (made over the arguments of its roles).
 """
 
 from functools import cache
@@ -24,7 +25,7 @@ SPILLS = {
     "hopper_forward-2-128-plain": 760,  # with both loops, outside of them; all others 72
     "hopper_forward-2-128-gated": 300,
     "hopper_forward-2-64-plain": 80,  # the solve
-    "hopper_forward-2-64-gated": 200,  # the solve
+    "hopper_forward-2-64-gated": 220,  # the solve
     "hopper_forward-2-256-plain": 420,  # outside of the loop
     "hopper_forward-2-256-gated": 380,
     "hopper_backward-2-128-plain": 48,
