@@ -52,6 +52,21 @@ def check(row: str, rows: list[str], folder: str) -> None:
     assert {kernel.warps for kernel in kernels if kernel.kernel not in ("transform", "rest", "chain")} <= {12, 16}
 
 
+def test_a_barrier_made_over_the_arguments_of_roles_is_seen() -> None:
+    ptx = """
+    add.s32 \t%r7, %r1, 131600;
+    @%p1 mbarrier.init.shared::cta.b64 [%r7], 1;
+    add.s32 \t%r8, %r1, AT;
+    @%p1 mbarrier.init.shared::cta.b64 [%r8], 1;
+    st.shared.v2.b64 \t[global_smem+131584], {%rd1, %rd2};
+    st.shared.b32 \t[global_smem+131616], %r3;
+    barrier.sync \t1;
+    st.shared.b32 \t[global_smem+131700], %r3;
+    """
+    found = {at: offline.overlaid(ptx.replace("AT", str(at))) for at in (131576, 131584, 131592, 131616, 131624, 131700)}
+    assert found == {131576: 0, 131584: 1, 131592: 1, 131616: 1, 131624: 0, 131700: 0}
+
+
 @pytest.mark.parametrize("folder", FOLDERS, ids=name)
 @pytest.mark.parametrize("row", FAST)
 def test_sm_90a(row: str, folder: str) -> None:
