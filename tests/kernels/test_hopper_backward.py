@@ -115,6 +115,7 @@ def test_ends_found_on_the_way(name, D, monkeypatch):
     share = 2 if lengths is None else 3
     monkeypatch.setattr(chunk_call, "multiprocessors", lambda device: share * HV * (B if lengths is None else len(lengths)))
     monkeypatch.setattr(chunk_call, "_segment", lambda *_: 0)
+    monkeypatch.setattr(chunk_call, "_calls", {})
     segments = []
     monkeypatch.setattr(chunk_backward_ends, "find_ends", lambda *a, f=chunk_backward_ends.find_ends, **k: segments.append(a[1]) or f(*a, **k))
     check(B, T, H, HV, D, D, states=True, **case)
@@ -132,6 +133,7 @@ def test_what_another_sequence_holds_is_not_seen(way, gate, D, monkeypatch):
             pytest.skip("heads of 256 are not walked")
         monkeypatch.setattr(chunk_call, "multiprocessors", lambda device: 3 * 2 * len(lengths))
         monkeypatch.setattr(chunk_call, "_segment", lambda *_: 0)
+        monkeypatch.setattr(chunk_call, "_calls", {})  # sizes are kept by kind, segments among them
     cu = bounds(lengths)
     given = inputs(1, sum(lengths), 2, 2, D, D, BF16, gate=gate, N=len(lengths), states=True, beta_max=2.0)
 
@@ -139,6 +141,20 @@ def test_what_another_sequence_holds_is_not_seen(way, gate, D, monkeypatch):
         return dict(zip(("dq", "dk", "dv", "dbeta", "dg", "dstate"), backwards(given, 0.1, cu)[1](), strict=True))
 
     assert changed_elsewhere(run, given, cu, bad=1) == []
+
+
+def test_state_gradients_lie_between_chunks_and_nowhere_else(monkeypatch):
+    """At heads of 256, where they go through memory. A sequence's end has no slot: the one behind its last may be another sequence's."""
+    from deltanet.kernels.hopper import chunk_backward_256
+
+    lengths, seen = [70, 60, 63, 130, 30], []
+    cu = bounds(lengths)
+    monkeypatch.setattr(chunk_backward_256, "gradients", lambda call, q, k, do, E, dv, b, G, S, D, *rest: seen.append(D))
+    backwards(inputs(1, sum(lengths), 2, 2, 256, 256, BF16, N=len(lengths), states=True), 0.1, cu)[1]()
+    written = {int(begin) // 64 + i for begin, length in zip(cu, lengths, strict=False) for i in range((length - 1) // 64)}
+    (D,) = seen
+    assert [slot for slot in range(len(D)) if D[slot].isfinite().all()] == sorted(written) == [0, 3, 4]
+    assert [slot for slot in range(len(D)) if D[slot].isnan().all()] == [1, 2]
 
 
 HARD = {

@@ -1,7 +1,7 @@
 """The host side of the Hopper family without a GPU: every launch hands each kernel each of its arguments once, whatever the call.
 
 The operators run on small CPU tensors in a process of its own (Gluon cannot be imported beside Triton's interpreter), launches are looked at
-instead of made. Shown to fail: an argument left out, a constant misspelt.
+instead of made. Shown to fail: an argument left out, a constant misspelt, and no bound on the places in X.
 """
 
 import itertools
@@ -29,6 +29,7 @@ def main() -> None:
 
     from deltanet.kernels.hopper import (
         chunk,
+        chunk_backward_256,
         chunk_backward_ends,
         chunk_backward_kernel,
         chunk_gradients_256,
@@ -50,6 +51,10 @@ def main() -> None:
         module.launch = look
     chunk._compile_once = lambda *_: None
     chunk_call.multiprocessors = lambda device: 132
+
+    for home, HV, D in ((chunk_backward_kernel, 32, 64), (chunk_backward_256, 8, 256)):  # places in X are 32-bit numbers
+        calls = [torch.empty(1, T, HV, D, dtype=torch.bfloat16, device="meta") for T in (44_700_000, 44_800_000)]
+        assert [home.takes(chunk_call.Call(x, x, x[..., 0], None, None)) for x in calls] == [True, False]
 
     kinds = itertools.product(
         ("bfloat16", "float16"), (64, 128, 256), (False, True), (False, True), (False, True), ("states", "lean", "nothing"), (130, 4500)

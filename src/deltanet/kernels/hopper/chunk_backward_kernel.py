@@ -41,6 +41,7 @@ from deltanet.kernels.hopper.chunk_backward_load import (
     TAKEN_G,
     TAKEN_W,
     USED_P,
+    find_rows,
     in_32_bits,
     load,
     load_rest,
@@ -48,7 +49,7 @@ from deltanet.kernels.hopper.chunk_backward_load import (
 from deltanet.kernels.hopper.chunk_backward_state import state
 from deltanet.kernels.hopper.chunk_rest import rest_of_X
 from deltanet.kernels.hopper.tensor_maps import tensor_map
-from deltanet.kernels.hopper.tiles import CHUNK, find_part
+from deltanet.kernels.hopper.tiles import CHUNK
 from deltanet.kernels.launch import LaunchConfig
 from deltanet.kernels.triton import chunk_call
 from deltanet.kernels.triton.compiled import launch
@@ -107,18 +108,7 @@ def backward_kernel(
     head = gl.program_id(0) % HV
     place = gl.program_id(0) // HV
     key_head = head // (HV // H)
-    if SPLIT:
-        sequence, part, first, end = find_part(place, cu_seqlens, N, steps, T, segment, PACKED)
-        first = (first + part * segment).to(gl.int32)
-        rows = gl.maximum(gl.minimum(end.to(gl.int32) - first, segment), 0)
-    else:
-        sequence, part = place, 0
-        if PACKED:
-            first = gl.load(cu_seqlens + sequence).to(gl.int32)
-            rows = gl.load(cu_seqlens + sequence + 1).to(gl.int32) - first
-        else:
-            first = sequence * T
-            rows = T
+    sequence, part, first, rows, _ = find_rows(place, cu_seqlens, N, steps, T, segment, SPLIT, PACKED)
     chunks = gl.cdiv(rows, CHUNK)
     along = head.to(gl.int64) * tokens + first
     strength += along

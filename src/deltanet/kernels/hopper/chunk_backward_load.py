@@ -5,7 +5,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
-from deltanet.kernels.hopper.tiles import CHUNK
+from deltanet.kernels.hopper.tiles import CHUNK, find_part
 from deltanet.kernels.triton import chunk_call
 
 # Barriers, by their place in one array; two places where a tile has two stages.
@@ -54,6 +54,49 @@ def widened(x):
 
 
 @gluon.jit
+def find_rows(place, cu_seqlens, N, steps, T, segment, SPLIT: gl.constexpr, PACKED: gl.constexpr):
+    """Of the sequence at `place`, or the segment (SPLIT): its sequence, part and first token, tokens, and tokens to the end of the sequence."""
+    if SPLIT:
+        sequence, part, first, end = find_part(place, cu_seqlens, N, steps, T, segment, PACKED)
+        first = (first + part * segment).to(gl.int32)
+        left = end.to(gl.int32) - first
+        return sequence, part, first, gl.maximum(gl.minimum(left, segment), 0), left
+    else:
+        if PACKED:
+            first = gl.load(cu_seqlens + place).to(gl.int32)
+            rows = gl.load(cu_seqlens + place + 1).to(gl.int32) - first
+            return place, place * 0, first, rows, rows
+        else:
+            return place, place * 0, place * T, T, T
+
+
+@gluon.jit
+def load_keys(k, strength, G, sK, sB, sG, bars, back, at, column, ahead, t, rows, K: gl.constexpr, GATED: gl.constexpr):
+    """k, beta and G of a chunk, `ahead` tokens behind the first of `rows`, to the stage where they go."""
+    stage = back & 1
+    mbarrier.wait(bars.index(FREED_KEYS + stage), ((back >> 1) & 1) ^ 1)
+    loaded = bars.index(LOADED_KEYS + stage)
+    mbarrier.expect(loaded, k.block_type.nbytes)
+    tma.async_copy_global_to_shared(k, [at, column], loaded, sK.index(stage))
+    async_copy.async_copy_global_to_shared(sB.index(stage), strength + ahead + t, mask=ahead + t < rows)
+    if GATED:  # past the end of the sequence the sum stays what it is at the last token
+        async_copy.async_copy_global_to_shared(sG.index(stage), G + gl.minimum(ahead + t, rows - 1))
+    async_copy.mbarrier_arrive(loaded, increment_count=False)
+
+
+@gluon.jit
+def load_X(x, sX, bars, r, c, left):
+    """X of a chunk with `left` rows to its sequence's end: 32 rows of 32, 32 of 64."""
+    async_copy.async_copy_global_to_shared(
+        sX.slice(0, 32, 0), x + r[:, None] * 32 + c[None, :], mask=(r < left)[:, None] & (c < 32)[None, :]
+    )
+    async_copy.async_copy_global_to_shared(
+        sX.slice(32, 32, 0), x + 1024 + r[:, None] * 64 + c[None, :], mask=(r + 32 < left)[:, None] & (c < 64)[None, :]
+    )
+    async_copy.mbarrier_arrive(bars.index(LOADED_OUTS), increment_count=False)
+
+
+@gluon.jit
 def load(
     sources, tiles, bars, places, span,
     HV: gl.constexpr, K: gl.constexpr, V: gl.constexpr, GATED: gl.constexpr, INITIAL: gl.constexpr,
@@ -74,14 +117,7 @@ def load(
         i = chunks - 1 - back
         at = first + i * CHUNK
         stage = back & 1
-        mbarrier.wait(bars.index(FREED_KEYS + stage), ((back >> 1) & 1) ^ 1)
-        full_k = bars.index(LOADED_KEYS + stage)
-        mbarrier.expect(full_k, size * CHUNK * K)
-        tma.async_copy_global_to_shared(k, [at, key_head * K], full_k, sK.index(stage))
-        async_copy.async_copy_global_to_shared(sB.index(stage), strength + i * CHUNK + t, mask=i * CHUNK + t < rows)
-        if GATED:  # past the end of the sequence the sum stays what it is at the last token
-            async_copy.async_copy_global_to_shared(sG.index(stage), G + gl.minimum(i * CHUNK + t, rows - 1))
-        async_copy.mbarrier_arrive(full_k, increment_count=False)
+        load_keys(k, strength, G, sK, sB, sG, bars, back, at, key_head * K, i * CHUNK, t, rows, K, GATED)
 
         mbarrier.wait(bars.index(FREED_QUERIES + stage), ((back >> 1) & 1) ^ 1)
         full_q = bars.index(LOADED_QUERIES + stage)
@@ -91,17 +127,7 @@ def load(
         mbarrier.wait(bars.index(FREED_OUTS), (back & 1) ^ 1)
         mbarrier.expect(bars.index(LOADED_OUTS), size * CHUNK * V)
         tma.async_copy_global_to_shared(do, [at, head * V], bars.index(LOADED_OUTS), sdO)
-        x = X + i * (48 * CHUNK)
-        left = rows - i * CHUNK
-        async_copy.async_copy_global_to_shared(
-            sX.slice(0, 32, 0), x + r[:, None] * 32 + c[None, :], mask=(r < left)[:, None] & (c < 32)[None, :]
-        )
-        async_copy.async_copy_global_to_shared(
-            sX.slice(32, 32, 0),
-            x + 1024 + r[:, None] * 64 + c[None, :],
-            mask=(r + 32 < left)[:, None] & (c < 64)[None, :],
-        )
-        async_copy.mbarrier_arrive(bars.index(LOADED_OUTS), increment_count=False)
+        load_X(X + i * (48 * CHUNK), sX, bars, r, c, rows - i * CHUNK)
 
         mbarrier.wait(bars.index(FREED_ERRORS), (back & 1) ^ 1)
         mbarrier.expect(bars.index(LOADED_ERRORS), size * CHUNK * V)

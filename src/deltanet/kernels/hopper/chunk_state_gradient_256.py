@@ -16,7 +16,6 @@ docs/kernels.md has the order of events and the map of memory.
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
@@ -42,12 +41,15 @@ from deltanet.kernels.hopper.chunk_backward_load import (
     READY_W,
     TAKEN_W,
     USED_P,
+    find_rows,
+    load_keys,
     load_rest,
+    load_X,
     widened,
 )
 from deltanet.kernels.hopper.chunk_backward_state import by_beta
 from deltanet.kernels.hopper.tensor_maps import tensor_map
-from deltanet.kernels.hopper.tiles import CHUNK, any_of_warp, clear, find_part, masked
+from deltanet.kernels.hopper.tiles import CHUNK, any_of_warp, clear, masked
 from deltanet.kernels.launch import LaunchConfig
 from deltanet.kernels.triton import chunk_call
 from deltanet.kernels.triton.compiled import launch
@@ -76,15 +78,7 @@ def load(sources, tiles, bars, key_head, column, span, K: gl.constexpr, GATED: g
     for back in range(chunks):
         i = chunks - 1 - back
         at = first + i * CHUNK
-        stage = back & 1
-        mbarrier.wait(bars.index(FREED_KEYS + stage), ((back >> 1) & 1) ^ 1)
-        full_k = bars.index(LOADED_KEYS + stage)
-        mbarrier.expect(full_k, size * CHUNK * K)
-        tma.async_copy_global_to_shared(k, [at, key_head * K], full_k, sK.index(stage))
-        async_copy.async_copy_global_to_shared(sB.index(stage), strength + i * CHUNK + t, mask=i * CHUNK + t < rows)
-        if GATED:  # past the end of the sequence the sum stays what it is at the last token
-            async_copy.async_copy_global_to_shared(sG.index(stage), G + gl.minimum(i * CHUNK + t, rows - 1))
-        async_copy.mbarrier_arrive(full_k, increment_count=False)
+        load_keys(k, strength, G, sK, sB, sG, bars, back, at, key_head * K, i * CHUNK, t, rows, K, GATED)
 
         mbarrier.wait(bars.index(FREED_QUERIES), (back & 1) ^ 1)
         mbarrier.expect(bars.index(LOADED_QUERIES), size * CHUNK * K)
@@ -94,15 +88,7 @@ def load(sources, tiles, bars, key_head, column, span, K: gl.constexpr, GATED: g
         mbarrier.expect(bars.index(LOADED_OUTS), size * CHUNK * COLUMNS)
         for half in gl.static_range(2):
             tma.async_copy_global_to_shared(do, [at, column + half * ROWS], bars.index(LOADED_OUTS), sdO.index(half))
-        x = X + i * (48 * CHUNK)
-        left = rows - i * CHUNK
-        async_copy.async_copy_global_to_shared(
-            sX.index(0).slice(0, 32, 0), x + r[:, None] * 32 + c[None, :], mask=(r < left)[:, None] & (c < 32)[None, :]
-        )
-        async_copy.async_copy_global_to_shared(
-            sX.index(0).slice(32, 32, 0), x + 1024 + r[:, None] * 64 + c[None, :], mask=(r + 32 < left)[:, None] & (c < 64)[None, :]
-        )
-        async_copy.mbarrier_arrive(bars.index(LOADED_OUTS), increment_count=False)
+        load_X(X + i * (48 * CHUNK), sX.index(0), bars, r, c, rows - i * CHUNK)
 
         if OUTPUT:
             mbarrier.wait(bars.index(FREED_ERRORS), (back & 1) ^ 1)
@@ -318,20 +304,7 @@ def state_gradient_kernel(
     head = (gl.program_id(0) // TILES) % HV
     place = gl.program_id(0) // (TILES * HV)
     key_head = head // (HV // H)
-    if SPLIT:
-        sequence, part, begin, end = find_part(place, cu_seqlens, N, steps, T, segment, PACKED)
-        first = (begin + part * segment).to(gl.int32)
-        left = end.to(gl.int32) - first
-        rows = gl.maximum(gl.minimum(left, segment), 0)
-    else:
-        sequence, part = place, 0
-        if PACKED:
-            first = gl.load(cu_seqlens + sequence).to(gl.int32)
-            rows = gl.load(cu_seqlens + sequence + 1).to(gl.int32) - first
-        else:
-            first = sequence * T
-            rows = T
-        left = rows
+    sequence, part, first, rows, left = find_rows(place, cu_seqlens, N, steps, T, segment, SPLIT, PACKED)
     chunks = gl.cdiv(rows, CHUNK)
     stored = gl.cdiv(left, CHUNK) - 1  # chunks before the sequence's last
     along = head.to(gl.int64) * tokens + first
