@@ -19,7 +19,7 @@ from deltanet.training.suites import SUITES, Store, Suite, markdown, rows_of
 
 PROTOCOL = "protocol"
 CELL = ("task", "model", "learning_rate", "weight_decay", "seed")
-OUTCOME = ("status", "epochs", "steps", "seconds", "stacked", "scores", "best", "chosen", "loss")
+OUTCOME = ("status", "epochs", "steps", "seconds", "stacked", "scores", "best", "chosen", "surest", "loss")
 
 
 def gather(folders: Sequence[Sequence[str]]) -> tuple[Suite, dict[str, list[dict[str, Any]]]]:

@@ -48,6 +48,7 @@ def test_each_of_a_group_is_trained_as_alone(task: str, model: str, heads: int) 
         assert [x.scores for x in together.histories[g]] == [x.scores for x in alone.history]
         for found, expected in zip(together.histories[g], alone.history, strict=True):
             assert found.loss == pytest.approx(expected.loss, abs=2e-5)
+            assert found.losses["test"] == pytest.approx(expected.losses["test"], abs=2e-5)
         ours, theirs = together.state(g)[0], alone.state()[0]
         assert ours.keys() == theirs.keys()
         for name in ours:

@@ -91,12 +91,14 @@ def test_targets_everywhere_are_learned_everywhere() -> None:
 def test_predictions_stand_where_they_are_asked() -> None:
     one = trial(tiny()[0])
     prepared = one.tests["test"]
-    found = one._predict("test")
+    found = one._predict("test").tokens
     assert isinstance(prepared.examples, Examples)
     asked = prepared.examples.targets != IGNORED
     expected = one.model(prepared.inputs).argmax(-1)
     assert torch.equal(found[asked], expected[asked])
     assert (found[~asked] == IGNORED).all()
+    loss = F.cross_entropy(one.model(prepared.inputs).flatten(0, 1), prepared.examples.targets.flatten(), ignore_index=IGNORED)
+    assert one._predict("test").loss.item() == pytest.approx(loss.item(), rel=1e-5)
 
 
 def test_the_same_cell_gives_the_same_bits_and_another_seed_others() -> None:
@@ -336,7 +338,7 @@ def test_an_evaluation_is_replayed_with_the_weights_of_the_moment(model: str) ->
     seen = []
     for _ in filter(None, one.run()):  # after the second evaluation there is a graph of it
         with one._on_stream():  # where both are made, and so when they are there
-            found, expected = one._predict("test").clone(), one._predict_now(one.tests["test"])
+            found, expected = one._predict("test").tokens.clone(), one._predict_now(one.tests["test"]).tokens
             assert torch.equal(found, expected)
         seen.append(found)
     assert set(one.evaluations) == {"test"}

@@ -13,7 +13,7 @@ from deltanet.data.synthetic import IGNORED
 from deltanet.training.suites.cell import Cell
 from deltanet.training.suites.model import SuiteModel
 from deltanet.training.suites.stacked import can_stack, stack
-from deltanet.training.suites.trial import LOGITS, PIECE, Examined, Prepared, Trial, begun, compiled, is_over
+from deltanet.training.suites.trial import Examined, Trial, begun, compiled, is_over
 
 __all__ = ["Group", "grouped"]
 
@@ -82,29 +82,22 @@ class Group(Trial):
         each = F.cross_entropy(logits.flatten(0, 2).float(), labels, ignore_index=IGNORED, reduction="none")
         return each.view(-1, len(self._all)).sum(0) / asked
 
-    def _examine(self, epoch: int, loss: Any, scores: dict[str, Any]) -> list[tuple[Cell, Examined]]:
+    def _examine(
+        self, epoch: int, loss: Any, scores: dict[str, Any], losses: dict[str, Any]
+    ) -> list[tuple[Cell, Examined]]:
         seconds, told = time.monotonic() - self.began, list[tuple[Cell, Examined]]()
         for g, (cell, history) in enumerate(zip(self.cells, self.histories, strict=True)):
             if not is_over(history, cell):
-                history.append(Examined(epoch, loss[g], {name: of[g] for name, of in scores.items()}, seconds))
+                mine, surprise = ({name: of[g] for name, of in found.items()} for found in (scores, losses))
+                history.append(Examined(epoch, loss[g], mine, seconds, surprise))
                 told.append((cell, history[-1]))
         return told
 
-    @torch.no_grad()
-    def _predict_now(self, prepared: Prepared) -> Tensor:
-        """The tokens `[G, N, T]`."""
-        inputs, places, G = prepared.inputs, prepared.places, len(self._all)
-        asked = inputs.shape[1] if places is None else places.shape[1]
-        piece = max(1, min(PIECE // inputs.shape[1], LOGITS // (asked * self.model.config.vocab_size)) // G)
-        with self._on_stream(), self._autocast():
-            out = torch.full((G, *inputs.shape), IGNORED, dtype=torch.int64, device=inputs.device)
-            for first in range(0, len(inputs), piece):
-                part = slice(first, first + piece)
-                at = None if places is None else places[part]
-                logits = self.model.logits(self.model.body(self.model.embeddings(inputs[part])), at)
-                found = logits.unflatten(-1, (G, -1)).argmax(-1).movedim(-1, 0)
-                out[:, part] = found if at is None else out[:, part].scatter(2, at.expand(G, -1, -1), found)
-        return out
+    def _logits(self, tokens: Tensor, places: Tensor | None) -> Tensor:
+        return super()._logits(tokens, places).unflatten(-1, (len(self._all), -1)).movedim(-2, 0)
+
+    def _cross_entropies(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return torch.stack([super(Group, self)._cross_entropies(one, labels) for one in logits])
 
 
 def _features(model: SuiteModel, x: Tensor, places: Tensor | None) -> Tensor:

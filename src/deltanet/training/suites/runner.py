@@ -1,5 +1,6 @@
 """Works through the cells of a grid, several side by side where the device has room, and writes each down when it is done."""
 
+import math
 import time
 import traceback
 from collections import OrderedDict, deque
@@ -293,6 +294,7 @@ def _end(slot: _Slot, cell: Cell, history: list[Examined], store: Store, environ
         "scores": history[-1].scores,
         "best": {name: max(found.scores[name] for found in history) for name in cell.tests},
         "chosen": max(history, key=lambda found: found.scores[cell.judge]).scores,
+        "surest": min(history, key=lambda found: found.losses.get(cell.judge, math.inf)).scores,
         "loss": None if lost else history[-1].loss,
         "epochs": history[-1].epoch,
         "steps": slot.trial.done,

@@ -9,9 +9,9 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cache
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +25,7 @@ __all__ = ["Examined", "Prepared", "Trial", "prepare"]
 
 EAGER_STEPS = 3  # before a graph is captured: kernels are compiled, and the optimizer makes its tensors
 BURST = 25  # steps handed to the device at a time, so that trials side by side have their turns
-LOGITS = 2**27  # most logits of one piece of an evaluation
+LOGITS = 2**26  # most logits of one piece of an evaluation
 PIECE = 2**17  # most tokens of one
 MEANS = ("exp_avg", "exp_avg_sq")  # what AdamW keeps of each weight's gradients
 MANY_IDS = 1024  # from so many on a softmax costs enough to be fused
@@ -74,10 +74,19 @@ class Examined:
     loss: float  # mean over the steps since the last evaluation, in nats
     scores: dict[str, float]  # of each of the cell's tests, 0 to 1
     seconds: float  # since the trial began
+    losses: dict[str, float] = field(default_factory=dict)  # on each test, mean over what is asked, in nats
 
     def record(self) -> dict[str, Any]:
         """As plain JSON, which has no number for a loss that is none."""
-        return {**asdict(self), "loss": None if math.isnan(self.loss) else self.loss}
+        losses = {name: None if math.isnan(loss) else loss for name, loss in self.losses.items()}
+        return {**asdict(self), "loss": None if math.isnan(self.loss) else self.loss, "losses": losses}
+
+
+class Answers(NamedTuple):
+    """What a model, or each of G, says in a test."""
+
+    tokens: Tensor  # int64 [N, T] or [G, N, T] the likeliest; where nothing is asked, IGNORED or whatever it says
+    loss: Tensor  # fp32 [] or [G] mean cross-entropy over what is asked, in nats
 
 
 class Trial:
@@ -124,7 +133,7 @@ class Trial:
             groups, betas=(0.9, self.recipe.beta2), fused=True, capturable=device.type == "cuda"
         )
         self.graph: torch.cuda.CUDAGraph | None = None
-        self.evaluations: dict[str, tuple[torch.cuda.CUDAGraph, Tensor]] = {}  # by test: its replay, and where that puts predictions
+        self.evaluations: dict[str, tuple[torch.cuda.CUDAGraph, Answers]] = {}  # by test: its replay, and where that puts answers
         self.eager = 0  # steps that were no replay
         self.predicted: set[str] = set()  # tests for which all kernels are compiled
         self.done = 0  # steps
@@ -153,11 +162,12 @@ class Trial:
             epoch, first = divmod(self.done, per_epoch)
             last = max(history[-1].epoch if history else 0 for history in self.histories)
             if first == 0 and epoch > last and (epoch % self.recipe.evaluate_every == 0 or epoch == epochs):
-                predictions = {name: self._predict(name) for name in self.tests}
+                answers = {name: self._predict(name) for name in self.tests}
                 ready = self._mark()
                 while ready is not None and not ready.query():
                     yield None
-                yield self._examine(epoch, self._take_loss((epoch - last) * per_epoch), self._scores(predictions))
+                loss, scores = self._take_loss((epoch - last) * per_epoch), self._scores(answers)
+                yield self._examine(epoch, loss, scores, {name: said.loss.tolist() for name, said in answers.items()})
                 if all(is_over(history, self.cell) for history in self.histories):
                     return
             if epoch == epochs:
@@ -168,9 +178,9 @@ class Trial:
                 self._steps(min(BURST, per_epoch - step))
                 yield None
 
-    def _examine(self, epoch: int, loss: Any, scores: dict[str, Any]) -> Any:
+    def _examine(self, epoch: int, loss: Any, scores: dict[str, Any], losses: dict[str, Any]) -> Any:
         """Writes down what an evaluation found."""
-        self.history.append(Examined(epoch, loss, scores, time.monotonic() - self.began))
+        self.history.append(Examined(epoch, loss, scores, time.monotonic() - self.began, losses))
         return self.history[-1]
 
     def state(self, g: int = 0) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -254,11 +264,11 @@ class Trial:
             self.loss.zero_()
         return loss
 
-    def _scores(self, predictions: dict[str, Tensor]) -> dict[str, Any]:
+    def _scores(self, answers: dict[str, Answers]) -> dict[str, Any]:
         with self._on_stream():
             return {
-                name: self.cell.tests[name].task.score(found, cast(Examples, self.tests[name].examples)).tolist()
-                for name, found in predictions.items()
+                name: self.cell.tests[name].task.score(said.tokens, cast(Examples, self.tests[name].examples)).tolist()
+                for name, said in answers.items()
             }
 
     def _begin_epoch(self) -> None:
@@ -329,8 +339,8 @@ class Trial:
         kept = self.model.kept(tokens, self.generator)
         return self.model.body(self.model.embedded(tokens, self.train.common), kept, compiled(_block) if self.compiles else None)
 
-    def _predict(self, name: str) -> Tensor:
-        """The token `[N, T]` that the model takes for the likeliest in that test; where nothing is asked, IGNORED or whatever it says.
+    def _predict(self, name: str) -> Answers:
+        """What the model says in that test.
 
         On a GPU the second call makes a graph of it, which later ones replay: as one kernel after the other it keeps the host, and so all trials,
         busy for 40 ms. The first, after which many are done, compiles what kernels it takes.
@@ -350,21 +360,30 @@ class Trial:
         return self._predict(name)
 
     @torch.no_grad()
-    def _predict_now(self, prepared: Prepared) -> Tensor:
-        inputs, places = prepared.inputs, prepared.places
+    def _predict_now(self, prepared: Prepared) -> Answers:
+        inputs, places, models = prepared.inputs, prepared.places, self.loss.shape
         asked = inputs.shape[1] if places is None else places.shape[1]
-        piece = max(1, min(PIECE // inputs.shape[1], LOGITS // (asked * self.model.config.vocab_size)))
+        piece = min(PIECE // inputs.shape[1], LOGITS // (asked * self.model.config.vocab_size)) // self.loss.numel()
         with self._on_stream(), self._autocast():
-            out = torch.full(inputs.shape, IGNORED, dtype=torch.int64, device=inputs.device)
-            for first in range(0, len(inputs), piece):
-                part = slice(first, first + piece)
-                x = self.model.embeddings(inputs[part])
-                if places is None:
-                    out[part] = self.model.logits(self.model.body(x)).argmax(-1)
-                else:
-                    found = self.model.logits(self.model.body(x), places[part]).argmax(-1)
-                    out[part] = out[part].scatter(1, places[part], found)
-        return out
+            tokens = torch.full((*models, *inputs.shape), IGNORED, dtype=torch.int64, device=inputs.device)
+            loss = torch.zeros_like(self.loss)
+            for first in range(0, len(inputs), max(1, piece)):
+                part = slice(first, first + max(1, piece))
+                at = None if places is None else places[part]
+                logits = self._logits(inputs[part], at)
+                loss += self._cross_entropies(logits, prepared.labels[part])
+                found = logits.argmax(-1)
+                found = found if at is None else tokens[..., part, :].scatter(-1, at.expand_as(found), found)
+                tokens[..., part, :] = found
+        return Answers(tokens, loss / (prepared.labels != IGNORED).sum())
+
+    def _logits(self, tokens: Tensor, places: Tensor | None) -> Tensor:
+        """`[B, T, V]`, or `[B, K, V]` at the places alone, of each model if there are several."""
+        return self.model.logits(self.model.body(self.model.embeddings(tokens)), places)
+
+    def _cross_entropies(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Their sum over what is asked, of each model if there are several."""
+        return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="sum")
 
 
 def begun(cell: Cell, backend: str = "auto") -> SuiteModel:
