@@ -83,11 +83,13 @@ def test_16_bits_are_rounded_once(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("gate", [None, 1.0])
-def test_errors_rebuilt_in_the_backward_give_the_same_bits(gate: float | None) -> None:
+def test_errors_rebuilt_in_the_backward_are_those_of_the_forward(gate: float | None) -> None:
+    """Interpreted to the last bit; compiled for sm_80, the two kernels do not round every product before its sum alike."""
+    limit = 0.0 if DEVICE == "cpu" else ROUNDING[torch.float32]
     x = make_inputs(B=1, T=6, H=1, K=16, V=20, gate=gate, state=True, dtype=torch.float32, device=DEVICE)
     kept, lean = (run(x, save=save)[0] for save in ("states", "lean"))
     for name in kept:
-        assert kept[name] is lean[name] is None or torch.equal(kept[name], lean[name]), name
+        assert kept[name] is lean[name] is None or relative_error(kept[name], lean[name]) <= limit, name
 
 
 def test_without_states_nothing_is_returned_for_them() -> None:
