@@ -309,6 +309,11 @@ def test_regbench_is_the_second_authors_protocol() -> None:
     assert (delta.learning_rate, attention.learning_rate) == (2.54e-4, 3e-4)
     assert (delta.config.feed_forward_width, attention.config.feed_forward_width) == (320, 512)
     assert (attention.config.mixer.heads, attention.config.mixer.rotary, attention.config.positions) == (2, True, 0)
+    assert (delta.recipe.warmup_epochs, delta.recipe.schedule, attention.recipe.warmup_epochs) == (0, "epoch", 5)
+    rates = attention.recipe.learning_rates(3e-4)  # 30 epochs of 78 steps
+    assert (rates[0], len(rates)) == (1e-6, 2340)
+    assert max(rates) == rates[390] == pytest.approx(3e-4)
+    assert rates[-1] == pytest.approx(3e-5, rel=1e-3)
     assert {cell.learning_rate for cell in SUITES["regbench"].cells(replace(grid, learning_rates=(1e-3,)), "float32")} == {1e-3}
 
 
