@@ -61,8 +61,11 @@ def needed(chunks, part, begin, end, before, identity, starts_used, ends_used):
     that is not there. identity < 0: the segment starts from zero, else from the identity.
     """
     is_last = gl.cdiv(end - begin, CHUNK).to(gl.int32) - before <= chunks
-    unused = gl.where(identity < 0, is_last, (is_last & (ends_used == 0)) | ((part == 0) & (starts_used == 0)))
-    return gl.where(unused, 0, chunks)
+    if identity < 0:
+        chunks = gl.where(is_last, 0, chunks)
+    else:
+        chunks = gl.where((is_last & (ends_used == 0)) | ((part == 0) & (starts_used == 0)), 0, chunks)
+    return chunks
 
 
 @gluon.jit
