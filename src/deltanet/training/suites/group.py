@@ -40,15 +40,13 @@ class Group(Trial):
 
     def __init__(self, cells: Sequence[Cell], *args: Any, **options: Any) -> None:
         """As `Trial`, with several cells that `grouped` has put together."""
-        self._all = tuple(cells)
-        super().__init__(cells[0], *args, **options)
-        self.cells, self.histories = self._all, [[] for _ in cells]
+        super().__init__(cells[0], *args, others=cells[1:], **options)
 
     def _make_model(self, backend: str) -> SuiteModel:
-        return stack([begun(cell) for cell in self._all], backend=backend)
+        return stack([begun(cell) for cell in self.cells], backend=backend)
 
     def _make_rates(self) -> Tensor:
-        rates = [self.recipe.learning_rates(cell.learning_rate) for cell in self._all]
+        rates = [self.recipe.learning_rates(cell.learning_rate) for cell in self.cells]
         return torch.tensor(rates, device=self.device).t().contiguous()
 
     def _make_groups(self) -> list[dict[str, Any]]:
@@ -58,12 +56,12 @@ class Group(Trial):
         weights = [p.detach() for p in self.model.parameters()]
         return [
             {"params": self._slices(weights, g), "lr": self.rate[g], "weight_decay": cell.weight_decay}
-            for g, cell in enumerate(self._all)
+            for g, cell in enumerate(self.cells)
         ]
 
     def _slices(self, tensors: Sequence[Tensor | None], g: int) -> list[Tensor]:
         pairs = zip(tensors, self._shapes, strict=True)
-        return [x.unflatten(0, (len(self._all), -1))[g].view(shape) for x, shape in pairs if x is not None]
+        return [x.unflatten(0, (len(self.cells), -1))[g].view(shape) for x, shape in pairs if x is not None]
 
     def _backward(self, loss: Tensor) -> None:
         loss.sum().backward()
@@ -76,11 +74,11 @@ class Group(Trial):
         """`[G]`: of each model what it would have alone."""
         tokens, labels, places = self._batch(rows)
         features = compiled(_features) if self.compiles else _features
-        logits = self.model.lm_head(features(self.model, self._body(tokens), places)).unflatten(-1, (len(self._all), -1))
+        logits = self.model.lm_head(features(self.model, self._body(tokens), places)).unflatten(-1, (len(self.cells), -1))
         asked = (labels != IGNORED).sum()
         labels = labels[..., None].expand(logits.shape[:-1]).flatten()
         each = F.cross_entropy(logits.flatten(0, 2).float(), labels, ignore_index=IGNORED, reduction="none")
-        return each.view(-1, len(self._all)).sum(0) / asked
+        return each.view(-1, len(self.cells)).sum(0) / asked
 
     def _examine(
         self, epoch: int, loss: Any, scores: dict[str, Any], losses: dict[str, Any]
@@ -94,7 +92,7 @@ class Group(Trial):
         return told
 
     def _logits(self, tokens: Tensor, places: Tensor | None) -> Tensor:
-        return super()._logits(tokens, places).unflatten(-1, (len(self._all), -1)).movedim(-2, 0)
+        return super()._logits(tokens, places).unflatten(-1, (len(self.cells), -1)).movedim(-2, 0)
 
     def _cross_entropies(self, logits: Tensor, labels: Tensor) -> Tensor:
         return torch.stack([super(Group, self)._cross_entropies(one, labels) for one in logits])

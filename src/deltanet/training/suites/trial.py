@@ -98,17 +98,18 @@ class Trial:
         train: Prepared,
         tests: dict[str, Prepared],
         *,
+        others: Sequence[Cell] = (),
         device: torch.device,
         backend: str = "auto",
         graph: bool | None = None,
         compile: bool = False,
     ) -> None:
-        """`tests` are the examples of the cell's tests by their names; `graph` is whether steps are replayed, on a GPU if not given;
-        `compile` is whether the model's small operations are fused, which takes some seconds for each model and shape.
+        """`tests` are the examples of the cell's tests by their names; `others` the further cells of a `Group`; `graph` is whether steps are replayed,
+        on a GPU if not given; `compile` is whether the model's small operations are fused, which takes some seconds for each model and shape.
         """
         self.cell, self.recipe, self.device = cell, cell.recipe, device
-        self.cells: tuple[Cell, ...] = (cell,)
-        self.histories: list[list[Examined]] = [[]]
+        self.cells = (cell, *others)
+        self.histories: list[list[Examined]] = [[] for _ in self.cells]
         self.train, self.tests = train, tests
         self.uses_graph = device.type == "cuda" if graph is None else graph
         self.compiles = compile
