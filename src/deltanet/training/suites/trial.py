@@ -104,7 +104,7 @@ class Trial:
         graph: bool | None = None,
         compile: bool = False,
     ) -> None:
-        """`tests` are the examples of the cell's tests by their names; `others` the further cells of a `Group`; `graph` is whether steps are replayed,
+        """`tests` are the examples of the cell's tests by their names; `others` those of a `Group`; `graph` is whether steps are replayed,
         on a GPU if not given; `compile` is whether the model's small operations are fused, which takes some seconds for each model and shape.
         """
         self.cell, self.recipe, self.device = cell, cell.recipe, device
