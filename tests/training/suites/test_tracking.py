@@ -68,10 +68,11 @@ def test_parity_needs_a_beta_beyond_one(tmp_path) -> None:
 
 def test_sums_have_a_rate_of_their_own_unless_one_is_asked_for() -> None:
     suite = SUITES["tracking"]
-    grid = replace(suite.grid(quick=False), models=("deltanet-negative-noconv",), tasks=("parity", "S3"))
-    assert [cell.learning_rate for cell in suite.cells(grid, "float32")] == [2e-2, 1e-3]
+    grid = replace(suite.grid(quick=False), models=("deltanet-negative-noconv",), tasks=("parity", "S3", "mod5"))
+    assert [cell.learning_rate for cell in suite.cells(grid, "float32")] == [2e-2, 1e-3, 5e-3]
+    assert [cell.recipe.steps for cell in suite.cells(grid, "float32")] == [1000, 4800, 2000]
     asked = replace(grid, learning_rates=(1e-3,))
-    assert [cell.learning_rate for cell in suite.cells(asked, "float32")] == [1e-3, 1e-3]
+    assert [cell.learning_rate for cell in suite.cells(asked, "float32")] == [1e-3, 1e-3, 1e-3]
 
 
 def turn(axis: list[float], angle: float) -> Tensor:
