@@ -47,6 +47,20 @@ def test_a_table_and_a_figure_and_nothing_twice(capsys, tmp_path):
     assert len(events[-1]["rows"]) == 2
 
 
+def test_regbench_says_what_it_had_where_validation_liked_it_best(capsys, tmp_path, monkeypatch):
+    scores = iter([{"validation": 0.9, "test": 0.8}, {"validation": 0.7, "test": 0.6}])
+    monkeypatch.setattr(Trial, "_scores", lambda trial, predictions: next(scores))
+    out = tmp_path / "suite"
+    code, said, _ = run(
+        capsys, "regbench", "--tasks", "32", "--models", "attention", "--widths", "8", "--depth", "1", "--epochs", "10",
+        "--test-examples", "2", "--device", "cpu", "--out", out,
+    )  # fmt: skip
+    assert code == 0
+    assert ": 60.0%, validation 70.0% after 10 epochs, " in said
+    assert "; 80.0% where validation likes it best\n" in said
+    assert "| 32 | attention | 8 | 80.0 |" in said
+
+
 def test_a_cell_that_fails_is_told_at_the_end(capsys, tmp_path, monkeypatch):
     begin = Trial.__init__
 

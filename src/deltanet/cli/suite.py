@@ -323,6 +323,8 @@ class TextWatcher(Quiet):
         status = "" if outcome["status"] == "finished" else f" ({outcome['status']})"
         beside = "".join(f", {name} {100 * value:.1f}%" for name, value in outcome["scores"].items() if name != "test")
         text = f"{title(cell)}: {score:.1f}%{beside} after {epochs} epochs, {duration(outcome['seconds'])}{status}"
+        if cell.judge != "test" and outcome["chosen"] != outcome["scores"]:
+            text += f"; {100 * outcome['chosen']['test']:.1f}% where validation likes it best"
         self._console.print(Text(text, style="green" if not status else "yellow"))
 
     def failed(self, cell: Cell, error: str, progress: Progress) -> None:

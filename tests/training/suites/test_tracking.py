@@ -71,6 +71,8 @@ def test_sums_have_a_rate_of_their_own_unless_one_is_asked_for() -> None:
     grid = replace(suite.grid(quick=False), models=("deltanet-negative-noconv",), tasks=("parity", "S3", "mod5"))
     assert [cell.learning_rate for cell in suite.cells(grid, "float32")] == [2e-2, 1e-3, 5e-3]
     assert [cell.recipe.steps for cell in suite.cells(grid, "float32")] == [1000, 4800, 2000]
+    quick = replace(suite.grid(quick=True), tasks=("parity", "mod3"), models=("deltanet-negative-noconv",))
+    assert [cell.learning_rate for cell in suite.cells(quick, "float32")] == [2e-2, 5e-3]
     asked = replace(grid, learning_rates=(1e-3,))
     assert [cell.learning_rate for cell in suite.cells(asked, "float32")] == [1e-3, 1e-3, 1e-3]
 

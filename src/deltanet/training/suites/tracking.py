@@ -66,7 +66,7 @@ class TrackingSuite(Suite):
             models=("deltanet-negative-noconv", "deltanet-noconv"),
             widths=(32,),
             heads=2,
-            learning_rates=(2e-2,),
+            learning_rates=RATES,
             weight_decays=(0.0,),
             train_examples=3200,
             test_examples=256,
