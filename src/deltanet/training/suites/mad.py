@@ -23,7 +23,7 @@ from deltanet.training.suites.tables import Row
 BETWEEN = 25  # steps between two evaluations, at least: with few examples an epoch is shorter than an evaluation
 COPIES = "selective_copying.copies="
 SIXTEEN = (
-    "In the published data, which the paper's numbers are of, selective copying has 16 ids in the configurations of 32, 64 and 96 too "
+    "When the paper's numbers were made, mad-lab's selective copying had 16 ids in the configurations of 32, 64 and 96 too "
     "(athms/mad-lab, issue 7)."
 )
 TASKS = {f"{one.task.name}.{one.name}": one for one in CONFIGURATIONS}
