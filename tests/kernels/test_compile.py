@@ -124,7 +124,7 @@ def test_every_other_row(capability: int, row: str, folder: str) -> None:
 
 
 def kernel(**changes) -> Compiled:
-    good = dict(row="r", kernel="k", capability=90, warps=4, registers=128, stack=0, spill=0, shared=1024, shuffles=0, warnings=())
+    good = dict(row="r", kernel="k", capability=90, warps=4, registers=128, stack=0, spill=0, shared=1024, shuffles=0, overlaid=0, warnings=())
     return Compiled(**{**good, **changes})
 
 
@@ -133,6 +133,7 @@ def test_what_is_wrong_is_said() -> None:
     assert problems(kernel(spill=64), 64) == []
     assert "spills 65 bytes" in problems(kernel(spill=65), 64)[0]
     assert "serialised (C7510)" in problems(kernel(warnings=("C7510",)), 0)[0]
+    assert "1 barriers that nobody uses" in problems(kernel(overlaid=1), 0)[0]
     assert "166913 bytes of shared memory" in problems(kernel(shared=166_913, capability=80), 0)[0]
     assert problems(kernel(shared=166_913), 0) == []
 
