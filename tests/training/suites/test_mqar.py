@@ -35,6 +35,8 @@ def test_models_of_the_protocol(model, depth, heads, norm, feed_forward, dropout
     assert config.tie_embeddings
     assert config.init == ("mamba" if model == "mamba" else "scaled")
     assert not getattr(config.mixer, "rotary", False)
+    if model in ("gla", "retnet"):  # the widths of both layers when the paper's figure was made: keys as wide as the model, values twice
+        assert (config.mixer.expand_k, config.mixer.expand_v) == (1.0, 2.0)
     assert getattr(config.mixer, "gate_divisor", 128.0) == 128.0
 
 

@@ -63,7 +63,8 @@ class MQARSuite(Suite):
         if isinstance(layer, AttentionConfig):
             layer = replace(layer, rotary=False)
         if isinstance(layer, GatedLinearAttentionConfig):
-            layer = replace(layer, gate_divisor=128.0)  # with 16, a new layer would have forgotten the first pairs before the first query
+            # As there: by 16, a new layer would have forgotten the first pairs before the first query. The widths are that layer's of early 2024.
+            layer = replace(layer, gate_divisor=128.0, expand_k=1.0, expand_v=2.0)
         recipe = Recipe(
             train_examples=100_000,
             batch_size=BATCH.get(length, max(1, 2**16 // length)),
