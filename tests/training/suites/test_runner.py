@@ -236,6 +236,28 @@ def test_an_altered_file_is_refused_by_name(store: Store, text: str) -> None:
         train([cell], store)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"scores": {"test": 7}}, "scores between 0 and 1, got 7 for scores.test"),
+        ({"best": {"test": float("nan")}}, "scores between 0 and 1, got nan for best.test"),
+        ({"chosen": {"test": "much"}}, "scores between 0 and 1, got 'much' for chosen.test"),
+        ({"scores": {}}, "a score of the test, got none in scores"),
+        ({"status": "done"}, "of status finished, diverged or stopped, got 'done'"),
+        ({"seconds": None}, "the outcome of a cell, got no seconds"),
+        ({"cell": {"task": "64x4"}}, "the outcome of a cell, got no cell.model"),
+        ({"cell": "64x4"}, "the outcome of a cell, got no cell"),
+    ],
+)
+def test_an_altered_outcome_is_refused_by_name_in_the_table_too(store: Store, change: dict, message: str) -> None:
+    (cell,) = tiny()
+    train([cell], store)
+    (path,) = store.cells.glob("*.json")
+    path.write_text(json.dumps({**json.loads(path.read_bytes()), **change}))
+    with pytest.raises(ValueError, match=rf"{cell.name}.json' must (be|have) {message}: put it back, or remove it"):
+        rows_of(SUITES["mqar"], store.outcomes())
+
+
 def test_foreign_folders_are_refused(tmp_path, store: Store) -> None:
     with pytest.raises(ValueError, match=r"of the suite mad, got .* of 'mqar'"):
         Store(store.path, "mad")

@@ -28,6 +28,14 @@ from deltanet.training.suites.model import SuiteModelConfig
 __all__ = ["Claim", "Store"]
 
 FORMAT = 1
+STATUSES = ("finished", "diverged", "stopped")
+COUNTED = ("scores", "best", "chosen")
+NEEDED: dict[str, Any] = {  # what an outcome must have, for the table, and of which type
+    "cell": dict, "status": str, **dict.fromkeys(COUNTED, dict), "epochs": int, "seconds": int | float,
+    "cell.task": str, "cell.model": str, "cell.learning_rate": int | float, "cell.weight_decay": int | float,
+    "cell.config": dict, "cell.config.d_model": int, "cell.config.depth": int, "cell.config.mixer": dict,
+    "cell.recipe": dict, "cell.recipe.epochs": int, "cell.recipe.train_examples": int, "cell.recipe.batch_size": int,
+}  # fmt: skip
 
 
 class Claim:
@@ -168,11 +176,28 @@ def _json(path: Path) -> dict[str, Any]:
 
 def _outcome(path: Path) -> dict[str, Any]:
     found = _json(path)
-    for name, kind in {"cell": dict, "status": str, "scores": dict, "best": dict, "epochs": int}.items():
-        if not isinstance(found.get(name), kind):
+    found.setdefault("chosen", found.get("scores"))  # before it was written down
+    for name, kind in NEEDED.items():
+        if not isinstance(_at(found, name), kind):
             raise ValueError(f"'{path}' must be the outcome of a cell, got no {name}: put it back, or remove it")
-    found.setdefault("chosen", found["scores"])  # before it was written down
+    if found["status"] not in STATUSES:
+        raise ValueError(
+            f"'{path}' must be of status {', '.join(STATUSES[:-1])} or {STATUSES[-1]}, got {found['status']!r}: put it back, or remove it"
+        )
+    for name in COUNTED:
+        if "test" not in found[name]:
+            raise ValueError(f"'{path}' must have a score of the test, got none in {name}: put it back, or remove it")
+        for test, score in found[name].items():
+            if not (isinstance(score, int | float) and 0 <= score <= 1):
+                raise ValueError(f"'{path}' must have scores between 0 and 1, got {score!r} for {name}.{test}: put it back, or remove it")
     found["cell"] = _record(found["cell"])
+    return found
+
+
+def _at(found: Any, name: str) -> Any:
+    """What is under a name such as cell.config.depth; None where there is nothing."""
+    for part in name.split("."):
+        found = found.get(part) if isinstance(found, dict) else None
     return found
 
 
