@@ -24,9 +24,9 @@ def test_only_runs_of_the_protocol_that_left_the_plateau_are_drawn() -> None:
         run(changed={"depth": 4}),
         run(epochs=20),
         run(curve=[[1, 7.6, 0.8]]),
-        run(model="attention"),
+        run(model="attention", width=256),
     ]
-    assert [(r["model"], r["width"], r["seed"]) for r in plateaus.left(runs, 3.0)] == [("attention", 64, 0), ("gla", 64, 1), ("gla", 128, 0)]
+    assert [(r["model"], r["width"], r["seed"]) for r in plateaus.left(runs, 3.0)] == [("attention", 256, 0), ("gla", 64, 1), ("gla", 128, 0)]
 
 
 def test_the_figure_of_what_was_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
