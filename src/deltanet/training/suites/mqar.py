@@ -63,7 +63,7 @@ class MQARSuite(Suite):
         if isinstance(layer, AttentionConfig):
             layer = replace(layer, rotary=False)
         if isinstance(layer, GatedLinearAttentionConfig):
-            # As there: by 16, a new layer would have forgotten the first pairs before the first query. The widths are that layer's of early 2024.
+            # As the first author's: by 16, a new layer would forget the first pairs before the first query; widths as in fla's layer of early 2024.
             layer = replace(layer, gate_divisor=128.0, expand_k=1.0, expand_v=2.0)
         recipe = Recipe(
             train_examples=100_000,
